@@ -1,0 +1,102 @@
+"""`python -m app`: serve (the default), config, keys new, openapi."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from app import __version__
+from app.api.auth import Scope, new_key
+from app.main import create_app
+from app.settings import BadSettings, Settings, load_settings
+
+GRACE_SECS = 20
+"""How long open requests may take to finish after SIGTERM. Without a bound, one client
+that has sent half a body would keep the process for good."""
+
+KEEP_ALIVE_SECS = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code. 2 means that the configuration or the command line
+    cannot be used."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except BadSettings as error:
+        print(f"arbiter: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m app", description="Issues and enforces agent task sessions."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    commands.add_parser("serve", help="serve HTTP (the default)").set_defaults(run=_serve)
+    config = commands.add_parser("config", help="print the settings, secrets redacted")
+    config.set_defaults(run=_config)
+    openapi = commands.add_parser("openapi", help="print the OpenAPI document")
+    openapi.set_defaults(run=_openapi)
+    keys = commands.add_parser("keys", help="make API keys")
+    new = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "new", help="make a key; prints what to configure and what to send"
+    )
+    new.add_argument("--name", required=True, help="1 to 64 of A-Z a-z 0-9 _ -")
+    new.add_argument("--scope", required=True, choices=[scope.value for scope in Scope])
+    new.set_defaults(run=_new_key)
+    return parser
+
+
+def _serve(_: argparse.Namespace) -> int:
+    settings = load_settings()
+    settings.check_bind()
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECS,
+        timeout_graceful_shutdown=GRACE_SECS,
+    )
+    server = uvicorn.Server(config)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return 0
+    return 0 if server.started else 1
+
+
+def _config(_: argparse.Namespace) -> int:
+    for name, value in load_settings().printable().items():
+        print(f"{name}={value}")
+    return 0
+
+
+def _openapi(_: argparse.Namespace) -> int:
+    print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
+    return 0
+
+
+def _new_key(chosen: argparse.Namespace) -> int:
+    try:
+        key, token = new_key(chosen.name, Scope(chosen.scope))
+    except ValueError as error:
+        print(f"arbiter: {error}", file=sys.stderr)
+        return 2
+    print(f"# Add to ARBITER_API_KEYS, after a comma if there are others:\n{key}")
+    print(f"# Shown only now; the caller sends it with every request:\nBearer {token}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Answers: status, headers and bytes. Both lanes send these, so that they cannot differ."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from pydantic_core import to_json
+
+from app.domain.admission import Admitted, DenialCode, Denied
+from app.domain.session import MICROSECONDS, Session
+from app.store.base import Page
+
+Headers = list[tuple[bytes, bytes]]
+
+JSON = (b"content-type", b"application/json")
+REPLAYED = (b"idempotency-replayed", b"true")
+MINIMAL = (b"preference-applied", b"return=minimal")
+
+
+class Answer(NamedTuple):
+    """A whole response, except for what the server itself adds."""
+
+    status: int
+    headers: Headers
+    body: bytes = b""
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def instant(microseconds: int) -> str:
+    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
+    moment = _EPOCH + timedelta(microseconds=microseconds)
+    return moment.isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def encode_session(session: Session) -> bytes:
+    """The JSON of a session. What can change during its life comes last."""
+    window_start = instant(session.rate_window_start)
+    status = session.status
+    return b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",' % (
+        _encode_fixed(session),
+        session.calls_made,
+        session.calls_remaining,
+        window_start.encode(),
+    ) + b'"rate_window_calls":%d,"status":"%b","is_active":%b}' % (
+        session.rate_window_calls,
+        status.encode(),
+        b"true" if session.is_active else b"false",
+    )
+
+
+def _encode_fixed(session: Session) -> bytes:
+    """What never changes during a session's life, as an object without its last brace."""
+    grant = session.grant
+    fields = {
+        "session_id": session.session_id,
+        "agent_id": grant.agent_id,
+        "declared_intent": grant.declared_intent,
+        "delegation_chain_snapshot": grant.delegation_chain_snapshot,
+        "authorized_tools": grant.authorized_tools.entries,
+        "time_limit_secs": grant.time_limit_secs,
+        "call_budget": grant.call_budget,
+        "rate_limit_per_minute": grant.rate_limit_per_minute,
+        "rate_limit_window_secs": grant.rate_limit_window_secs,
+        "data_sensitivity_ceiling": grant.data_sensitivity_ceiling.value,
+        "created_at": instant(session.created_at),
+        "expires_at": instant(session.expires_at),
+    }
+    return to_json(fields, exclude_none=True)[:-1]
+
+
+def rate_headers(session: Session) -> Headers:
+    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
+
+    The budget never refills, so that it has neither a window nor a reset. A window that
+    has elapsed is whole again and has no reset either.
+    """
+    grant = session.grant
+    policy = b'"budget";q=%d' % grant.call_budget
+    state = b'"budget";r=%d' % session.calls_remaining
+    limit = grant.rate_limit_per_minute
+    if limit is not None:
+        policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
+        state += b', "window";r=%d' % (limit - session.window_calls_used)
+        reset = -(-(session.window_ends_at - session.as_of) // MICROSECONDS)
+        if reset > 0:
+            state += b";t=%d" % reset
+    return [(b"ratelimit-policy", policy), (b"ratelimit", state)]
+
+
+def has_rate_headers(denied: Denied) -> bool:
+    """Whether a denial is about a figure that the rate headers report."""
+    return denied.code in (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
+
+
+def json_answer(status: int, body: bytes, headers: Headers) -> Answer:
+    """An answer with a JSON body."""
+    return Answer(status, [JSON, (b"content-length", b"%d" % len(body)), *headers], body)
+
+
+def admitted_answer(admitted: Admitted, *, minimal: bool) -> Answer:
+    """The answer to calls that were admitted: the session, or with `minimal` no body
+    (RFC 7240, section 4.2)."""
+    headers = rate_headers(admitted.session)
+    if admitted.replayed:
+        headers.append(REPLAYED)
+    if minimal:
+        return Answer(204, [*headers, MINIMAL])
+    return json_answer(200, encode_session(admitted.session), headers)
+
+
+def created_answer(admitted: Admitted) -> Answer:
+    """The answer to a creation."""
+    location = b"/sessions/" + admitted.session.session_id.encode()
+    headers = [(b"location", location)]
+    if admitted.replayed:
+        headers.append(REPLAYED)
+    return json_answer(201, encode_session(admitted.session), headers)
+
+
+def page_answer(page: Page) -> Answer:
+    """A page of sessions."""
+    items = b",".join(map(encode_session, page.sessions))
+    cursor = b"" if page.next_cursor is None else b',"next_cursor":' + to_json(page.next_cursor)
+    return json_answer(200, b'{"items":[%b]%b}' % (items, cursor), [])

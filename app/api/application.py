@@ -1,0 +1,104 @@
+"""The FastAPI application over a service: routes, layers, and every error as a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import Scope
+
+from app import __version__
+from app.api import pages, routes
+from app.api.auth import Authenticator
+from app.api.envelope import Envelope
+from app.api.openapi import build_document
+from app.api.problem_types import ProblemCode
+from app.api.problems import Refused, error_answer, refused_answer
+from app.api.routes import respond
+from app.domain.errors import ArbiterError
+from app.observability.metrics import Metrics
+from app.service import SessionService
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+MAX_FIELD_ERRORS = 20
+"""Field errors that one answer lists."""
+
+
+def build_application(
+    service: SessionService,
+    authenticator: Authenticator,
+    metrics: Metrics,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """The ASGI application."""
+    app = FastAPI(
+        title="Arbiter",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.state.service = service
+    app.state.authenticator = authenticator
+    app.state.metrics = metrics
+    for router in (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate):
+        app.include_router(router)
+    for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _on_error)
+    app.add_middleware(Envelope, metrics=metrics)
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = build_document(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+    """Every error that is not a defect, as a problem."""
+    request_id = request.state.request_id
+    match error:
+        case ArbiterError():
+            return respond(error_answer(error, request_id))
+        case Refused():
+            refused = error
+        case RequestValidationError():
+            errors = [_field_error(each) for each in error.errors()[:MAX_FIELD_ERRORS]]
+            refused = Refused(ProblemCode.VALIDATION_FAILED, errors=errors)
+        case HTTPException(status_code=404):
+            refused = Refused(ProblemCode.NOT_FOUND)
+        case HTTPException(status_code=405):
+            allow = ", ".join(_allowed_methods(request.app, request.scope)).encode()
+            refused = Refused(ProblemCode.METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
+        case _:
+            raise error
+    return respond(refused_answer(refused, request_id))
+
+
+def _field_error(error: dict[str, Any]) -> dict[str, str]:
+    """Where and why, without the input. The name of an unknown field is input too."""
+    location, *path = map(str, error["loc"])
+    detail = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        path, detail = path[:-1], "has a field that is not known; see /docs for those that are"
+    return {"in": location, "field": "/".join(path), "detail": detail}
+
+
+def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+    """Every method that some route has at this path. Starlette's own `Allow` header names
+    those of the first such route only."""
+    methods: set[str] = set()
+    for route in app.routes:
+        match, _ = route.matches(scope)
+        if match is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)

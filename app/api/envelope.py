@@ -1,0 +1,100 @@
+"""The outermost layer of the framework lane: every answer gets a request id and
+`Cache-Control: no-store`, every request is timed, and nothing that fails inside leaves
+as anything but a problem."""
+
+from __future__ import annotations
+
+import re
+import time
+from itertools import count
+from secrets import token_hex
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.answers import Answer
+from app.api.problem_types import ProblemCode
+from app.api.problems import Refused, refused_answer
+from app.observability.logs import get_logger
+from app.observability.metrics import Metrics
+
+NO_STORE = (b"cache-control", b"no-store")
+REQUEST_ID = b"x-request-id"
+UNMATCHED = "unmatched"
+"""The route label of requests that no route took."""
+
+_ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+# Random once and counted from there: unique, and much cheaper than random every time.
+_prefix = token_hex(6)
+_serial = count(1)
+
+
+def make_request_id() -> str:
+    """A request id that this service has not used before."""
+    return f"{_prefix}-{next(_serial):x}"
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the client sent, if it is one we accept, or else a new one."""
+    sent = [value for name, value in scope["headers"] if name == REQUEST_ID]
+    if len(sent) == 1 and _ACCEPTED_ID.fullmatch(sent[0]):
+        return bytes(sent[0]).decode("ascii")
+    return make_request_id()
+
+
+async def send_answer(send: Send, answer: Answer, request_id: str) -> None:
+    """Send a whole answer."""
+    headers = [*answer.headers, (REQUEST_ID, request_id.encode()), NO_STORE]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+class Envelope:
+    """ASGI middleware. The request id is in `scope["state"]["request_id"]`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._log = get_logger()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = request_id_of(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_wrapped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (REQUEST_ID, request_id.encode()),
+                    NO_STORE,
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_wrapped)
+        except ClientDisconnect:
+            # Nobody is left to answer.
+            return
+        except Exception:
+            self._log.exception("request failed", request_id=request_id)
+            if status:
+                raise
+            answer = refused_answer(Refused(ProblemCode.INTERNAL_ERROR), request_id)
+            status = answer.status
+            await send_answer(send, answer, request_id)
+        finally:
+            if status:
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                route = getattr(scope.get("route"), "path", UNMATCHED)
+                elapsed = time.perf_counter() - started
+                self._metrics.request(method, route, status).observe(elapsed)

@@ -1,0 +1,50 @@
+"""The request headers that change what a route does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from app.api.strict import invalid
+
+MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+_PRINTABLE = re.compile(r"[ -~]{1,255}")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
+
+
+def idempotency_key(values: Iterable[str]) -> str | None:
+    """The key in the `Idempotency-Key` headers: 1 to 255 printable ASCII characters, bare
+    or as an RFC 8941 string (draft-ietf-httpapi-idempotency-key-header-07, section 2).
+
+    Both spellings are the same key. Raises `Refused` for anything else.
+    """
+    match list(values):
+        case []:
+            return None
+        case [value]:
+            key = value
+        case _:
+            raise _bad_key("must not be given more than once")
+    if key.startswith('"'):
+        quoted = _QUOTED.fullmatch(key)
+        if quoted is None:
+            raise _bad_key("starts with a quote but is not a quoted string")
+        key = re.sub(r"\\(.)", r"\1", quoted[1])
+    if not _PRINTABLE.fullmatch(key):
+        raise _bad_key("must be 1 to 255 printable ASCII characters")
+    return key
+
+
+def _bad_key(detail: str) -> Exception:
+    return invalid("header", "Idempotency-Key", detail)
+
+
+def wants_minimal(values: Iterable[str]) -> bool:
+    """Whether the `Prefer` headers ask for `return=minimal` (RFC 7240, section 4.2). The
+    first `return` counts; preferences we do not know are ignored, as section 2 demands."""
+    for preference in ",".join(values).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "return":
+            return value.strip().strip('"').lower() == "minimal"
+    return False

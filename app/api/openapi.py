@@ -1,0 +1,233 @@
+"""The OpenAPI document: what our routes say of themselves, and what FastAPI's generated
+document still needs so that a client generator makes something pleasant of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, Field
+
+from app.api.auth import Scope
+from app.api.problem_types import PROBLEMS, ProblemCode, problem_type_path
+from app.api.schemas import Count
+from app.domain.admission import NextAction
+
+TAGS = [
+    {"name": "sessions", "description": "Issue and end task sessions."},
+    {"name": "admission", "description": "Ask before a tool call, and count it."},
+    {"name": "agents", "description": "All sessions of one agent; the kill switch."},
+    {"name": "operations", "description": "Health and metrics."},
+]
+
+_DESCRIPTION = """\
+Before an agent proxy lets a tool call through, it asks here: may this session make this
+call, now? If yes, the call is counted in the same atomic step. A denial changes nothing.
+
+Every error is an RFC 9457 problem; `code` is what a program should act on, and
+`agent_message` is safe to show to the agent.
+"""
+
+
+class Violation(BaseModel):
+    """A rule of the session that the request breaks."""
+
+    code: ProblemCode
+    limit: Count = Field(default=0, description="The figure that may not be passed.")
+    used: Count = Field(default=0, description="How much of it is used.")
+    tool_indexes: list[Count] = Field(
+        default=[], description="Places in the batch, from 0, of tools that are not allowed."
+    )
+
+
+class FieldError(BaseModel):
+    """A part of the request that is not valid."""
+
+    location: str = Field(alias="in", description="body, query or header.")
+    field: str = Field(description="Which field, as a path; empty for the whole.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str = Field(description="A path on this service that explains the code.")
+    title: str
+    status: Count
+    code: ProblemCode = Field(description="What a program should act on.")
+    detail: str = Field(description="What happened, for a person.")
+    instance: str = Field(description="Names this occurrence.")
+    request_id: str
+    retryable: bool = Field(
+        default=False, description="Whether the same request can pass later."
+    )
+    retry_after_secs: Count = Field(default=0, description="When it can.")
+    next_action: NextAction = Field(
+        default=NextAction.STOP, description="What the caller can usefully do."
+    )
+    violations: list[Violation] = Field(
+        default=[], description="Every rule that the request breaks."
+    )
+    errors: list[FieldError] = Field(default=[], description="What is not valid.")
+    limit: Count = Field(default=0, description="The figure that may not be passed.")
+    used: Count = Field(default=0, description="How much of it is used.")
+    agent_message: str = Field(default="", description="One sentence for the agent.")
+
+
+def problem_responses(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can answer with these codes."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        kind = PROBLEMS[code]
+        response = found.setdefault(
+            kind.status,
+            {
+                "description": kind.title,
+                "content": {
+                    "application/problem+json": {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "examples": {},
+                    }
+                },
+                "headers": {"X-Request-Id": _header("Id of this request.")},
+            },
+        )
+        if kind.status in (429, 503):
+            response["headers"]["Retry-After"] = _header(
+                "Seconds to wait; only if the same request can pass then.", "integer"
+            )
+        response["content"]["application/problem+json"]["examples"][code.value] = {
+            "summary": kind.title,
+            "value": _example(code),
+        }
+    return found
+
+
+def _example(code: ProblemCode) -> dict[str, Any]:
+    kind = PROBLEMS[code]
+    example: dict[str, Any] = {
+        "type": problem_type_path(code),
+        "title": kind.title,
+        "status": kind.status,
+        "code": code.value,
+        "detail": kind.detail,
+        "instance": "/requests/4f1d2c3b5a69-2a",
+        "request_id": "4f1d2c3b5a69-2a",
+    }
+    if kind.agent_message is not None:
+        example["agent_message"] = kind.agent_message
+    return example | _DENIAL_EXAMPLES.get(code, {})
+
+
+_DENIAL_EXAMPLES: dict[ProblemCode, dict[str, Any]] = {
+    ProblemCode.BUDGET_EXCEEDED: {
+        "retryable": False,
+        "next_action": NextAction.NEW_SESSION.value,
+        "violations": [{"code": "budget_exceeded", "limit": 100, "used": 100}],
+        "limit": 100,
+        "used": 100,
+    },
+    ProblemCode.TOOL_NOT_AUTHORIZED: {
+        "retryable": False,
+        "next_action": NextAction.USE_AUTHORIZED_TOOL.value,
+        "violations": [{"code": "tool_not_authorized", "tool_indexes": [0]}],
+    },
+    ProblemCode.RATE_LIMITED: {
+        "retryable": True,
+        "retry_after_secs": 12,
+        "next_action": NextAction.WAIT.value,
+        "violations": [{"code": "rate_limited", "limit": 60, "used": 60}],
+        "limit": 60,
+        "used": 60,
+    },
+    ProblemCode.VALIDATION_FAILED: {
+        "errors": [
+            {"in": "body", "field": "call_budget", "detail": "Input should be a valid integer"}
+        ]
+    },
+}
+
+
+def _header(description: str, kind: str = "string") -> dict[str, Any]:
+    schema = {"type": kind} | ({"format": "int32"} if kind == "integer" else {})
+    return {"description": description, "schema": schema}
+
+
+RATE_HEADERS = {
+    "RateLimit-Policy": _header('The limits: "budget";q=100, "window";q=60;w=60'),
+    "RateLimit": _header('What is left of them: "budget";r=57, "window";r=3;t=12'),
+    "Idempotency-Replayed": _header("true if this repeats an earlier answer."),
+    "X-Request-Id": _header("Id of this request."),
+}
+CREATED_HEADERS = {
+    "Location": _header("The path of the session."),
+    "Idempotency-Replayed": _header("true if this repeats an earlier answer."),
+    "X-Request-Id": _header("Id of this request."),
+}
+SESSION_LINKS = {
+    operation_id: {
+        "operationId": operation_id,
+        "parameters": {"session_id": "$response.body#/session_id"},
+    }
+    for operation_id in ("recordCall", "recordBatch", "getSession", "closeSession")
+}
+
+
+def security(*scopes: Scope) -> dict[str, Any]:
+    """The `openapi_extra` of a route for these scopes."""
+    return {"security": [{"apiKey": []}], "x-scopes": [Scope.ADMIN.value, *scopes]}
+
+
+def build_document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of `app`."""
+    document = get_openapi(
+        title="Arbiter",
+        version=app.version,
+        summary="Task sessions that bound what an AI agent may do.",
+        description=_DESCRIPTION,
+        routes=app.routes,
+        tags=TAGS,
+        separate_input_output_schemas=False,
+    )
+    schemas = document["components"]["schemas"]
+    for generated in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(generated, None)
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= problem.pop("$defs")
+    schemas["Problem"] = problem
+    _drop_defaults(problem, *(schemas[name] for name in ("Violation", "FieldError")))
+    document["components"]["securitySchemes"] = {
+        "apiKey": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "name.secret",
+            "description": "Made by `python -m app keys new`.",
+        }
+    }
+    _tidy(document)
+    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    return document
+
+
+def _drop_defaults(*schemas: dict[str, Any]) -> None:
+    """An absent member of a problem means that it does not apply, not a value."""
+    for schema in schemas:
+        for member in schema["properties"].values():
+            member.pop("default", None)
+
+
+def _tidy(node: Any) -> None:
+    """Make optional mean left out, never null, and the bounds of integers integers."""
+    if isinstance(node, list):
+        for each in node:
+            _tidy(each)
+    elif isinstance(node, dict):
+        if "anyOf" in node:
+            (only,) = (kind for kind in node.pop("anyOf") if kind != {"type": "null"})
+            node |= only
+            node.pop("default", None)
+        for key, value in node.items():
+            if key in ("minimum", "maximum"):
+                node[key] = int(value)
+            _tidy(value)

@@ -1,0 +1,108 @@
+"""What routes take from the path, the query and the headers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Path, Query, Request
+from pydantic import BeforeValidator, Field
+
+from app.api.headers import idempotency_key, wants_minimal
+from app.api.problem_types import ProblemCode
+from app.api.problems import Refused
+from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
+from app.service import SessionService
+from app.store.base import IdempotencyKey
+
+MAX_PAGE = 500
+DEFAULT_PAGE = 100
+
+
+def _flag(value: Any) -> Any:
+    if value not in ("true", "false", False):
+        raise ValueError("must be true or false")
+    return value == "true"
+
+
+def _digits(value: Any) -> Any:
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _service(request: Request) -> SessionService:
+    service: SessionService = request.app.state.service
+    return service
+
+
+def _session_id(
+    session_id: Annotated[
+        str,
+        Path(
+            description="A canonical lower-case UUID; anything else names nothing.",
+            json_schema_extra={"format": "uuid"},
+            examples=[SESSION_ID_EXAMPLE],
+        ),
+    ],
+) -> str:
+    if not CANONICAL_UUID.fullmatch(session_id):
+        raise Refused(ProblemCode.SESSION_NOT_FOUND)
+    return session_id
+
+
+def _agent_id(
+    agent_id: Annotated[
+        str,
+        Path(
+            description="A canonical lower-case UUID; anything else names nothing.",
+            json_schema_extra={"format": "uuid"},
+            examples=[AGENT_ID_EXAMPLE],
+        ),
+    ],
+) -> str:
+    if not CANONICAL_UUID.fullmatch(agent_id):
+        raise Refused(ProblemCode.NOT_FOUND)
+    return agent_id
+
+
+def _idempotency(
+    request: Request,
+    _: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            description="1 to 255 printable ASCII characters. The same key with the same "
+            "request gives the first admitted answer again and charges nothing.",
+        ),
+    ] = None,
+) -> IdempotencyKey | None:
+    key = idempotency_key(request.headers.getlist("idempotency-key"))
+    return None if key is None else IdempotencyKey(request.state.caller.name, key)
+
+
+def _minimal(
+    request: Request,
+    _: Annotated[
+        str | None,
+        Header(alias="Prefer", description="return=minimal: 204 without a body."),
+    ] = None,
+) -> bool:
+    return wants_minimal(request.headers.getlist("prefer"))
+
+
+Service = Annotated[SessionService, Depends(_service)]
+SessionId = Annotated[str, Depends(_session_id)]
+AgentId = Annotated[str, Depends(_agent_id)]
+Idempotency = Annotated[IdempotencyKey | None, Depends(_idempotency)]
+Minimal = Annotated[bool, Depends(_minimal)]
+DryRun = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    Query(description="Answer as the real request would now, and record nothing."),
+]
+Limit = Annotated[
+    int,
+    BeforeValidator(_digits),
+    Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),
+    Query(description="Sessions on a page."),
+]

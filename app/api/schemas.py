@@ -1,0 +1,293 @@
+"""Request and response bodies: wire names, wire units, and the way to and from the domain.
+
+Requests are strict: unknown fields are errors and nothing is coerced.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+)
+
+from app.domain.session import (
+    DEFAULT_CALL_BUDGET,
+    DEFAULT_RATE_LIMIT_WINDOW_SECS,
+    DEFAULT_TIME_LIMIT_SECS,
+    MAX_DELEGATION_CHARS,
+    MAX_DELEGATIONS,
+    MAX_INT32,
+    MAX_INTENT_CHARS,
+    MAX_RATE_LIMIT_WINDOW_SECS,
+    DataSensitivity,
+    Grant,
+    SessionStatus,
+)
+from app.domain.tools import (
+    MAX_BATCH,
+    MAX_ENTRIES,
+    TOOL_ENTRY_PATTERN,
+    TOOL_NAME_PATTERN,
+    AllowList,
+)
+
+CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+"""RFC 9562, section 4, in the one spelling that names something here."""
+
+SESSION_ID_EXAMPLE = "0b8f1e6c-3f5d-4b2a-9c7e-2d1a6f4e8b90"
+AGENT_ID_EXAMPLE = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+
+
+def _uuid_text(value: str) -> str:
+    canonical = value.lower()
+    if not CANONICAL_UUID.fullmatch(canonical):
+        raise ValueError("must be a UUID such as 7c9e6679-7425-40de-944b-e07fc1f90ae7")
+    return canonical
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be blank")
+    return value
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("must not be null; leave the field out instead")
+    return value
+
+
+def _tier(value: Any) -> Any:
+    # Strict validation wants the enum itself, but JSON can only carry its name.
+    if value not in list(DataSensitivity):
+        raise ValueError(f"must be one of {', '.join(DataSensitivity)}")
+    return DataSensitivity(value)
+
+
+NotNull = BeforeValidator(_not_null)
+"""Marks a field that may be left out but not be null; `openapi.py` says the same."""
+
+UuidText = Annotated[
+    str,
+    AfterValidator(_uuid_text),
+    WithJsonSchema({"type": "string", "format": "uuid", "examples": [AGENT_ID_EXAMPLE]}),
+]
+ToolName = Annotated[str, StringConstraints(pattern=TOOL_NAME_PATTERN)]
+ToolEntry = Annotated[str, StringConstraints(pattern=TOOL_ENTRY_PATTERN)]
+Tier = Annotated[DataSensitivity, BeforeValidator(_tier)]
+Count = Annotated[int, Field(ge=0, le=MAX_INT32, json_schema_extra={"format": "int32"})]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class CreateSession(_Request):
+    """What a new session shall allow."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "agent_id": AGENT_ID_EXAMPLE,
+                    "declared_intent": "Summarise the open incidents",
+                    "authorized_tools": ["read_file", "fs.*"],
+                    "call_budget": 100,
+                    "rate_limit_per_minute": 60,
+                }
+            ]
+        }
+    )
+
+    agent_id: UuidText = Field(description="The agent the session is for.")
+    declared_intent: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=MAX_INTENT_CHARS),
+        AfterValidator(_not_blank),
+    ] = Field(description="What the agent says it is going to do. Stored, never interpreted.")
+    authorized_tools: list[ToolEntry] = Field(
+        max_length=MAX_ENTRIES,
+        description="Tools the session may call: exact names, or patterns in which * stands "
+        "for any run of characters. An empty list authorises nothing.",
+    )
+    delegation_chain_snapshot: list[
+        Annotated[str, StringConstraints(max_length=MAX_DELEGATION_CHARS)]
+    ] = Field(
+        default=[],
+        max_length=MAX_DELEGATIONS,
+        description="Who delegated to whom. Stored, never interpreted.",
+    )
+    time_limit_secs: Count = Field(
+        default=DEFAULT_TIME_LIMIT_SECS,
+        description="Lifetime, in seconds. The server's maximum is 604800 unless configured.",
+    )
+    call_budget: Count = Field(
+        default=DEFAULT_CALL_BUDGET, description="Calls over the session's whole life."
+    )
+    rate_limit_per_minute: Annotated[Count | None, NotNull] = Field(
+        default=None,
+        description="Calls per window of rate_limit_window_secs, despite the name. "
+        "Left out: no limit. 0 admits nothing.",
+    )
+    rate_limit_window_secs: Annotated[
+        int,
+        Field(ge=1, le=MAX_RATE_LIMIT_WINDOW_SECS, json_schema_extra={"format": "int32"}),
+    ] = Field(
+        default=DEFAULT_RATE_LIMIT_WINDOW_SECS, description="Length of a rate window, seconds."
+    )
+    data_sensitivity_ceiling: Tier = Field(
+        default=DataSensitivity.INTERNAL, description="Highest tier a call may touch."
+    )
+
+    def to_grant(self) -> Grant:
+        """The grant asked for."""
+        return Grant(
+            agent_id=self.agent_id,
+            declared_intent=self.declared_intent,
+            authorized_tools=AllowList.of(self.authorized_tools),
+            delegation_chain_snapshot=tuple(self.delegation_chain_snapshot),
+            time_limit_secs=self.time_limit_secs,
+            call_budget=self.call_budget,
+            rate_limit_per_minute=self.rate_limit_per_minute,
+            rate_limit_window_secs=self.rate_limit_window_secs,
+            data_sensitivity_ceiling=self.data_sensitivity_ceiling,
+        )
+
+    @property
+    def requested_time_limit_secs(self) -> int | None:
+        """The time limit if the caller named one."""
+        return self.time_limit_secs if "time_limit_secs" in self.model_fields_set else None
+
+
+class _Admission(_Request):
+    agent_id: Annotated[UuidText | None, NotNull] = Field(
+        default=None,
+        description="If sent, must be the session's agent.",
+    )
+    data_sensitivity: Annotated[Tier | None, NotNull] = Field(
+        default=None,
+        description="If sent, the tier of data the calls touch; at most the ceiling.",
+    )
+
+
+class RecordCall(_Admission):
+    """One tool call."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tool_name": "read_file"}]})
+
+    tool_name: ToolName = Field(description="The tool, compared byte for byte.")
+
+
+class RecordBatch(_Admission):
+    """Several tool calls, admitted all or none."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"tool_names": ["read_file", "fs.list"]}]}
+    )
+
+    tool_names: list[ToolName] = Field(
+        max_length=MAX_BATCH, description="The tools. An empty batch records nothing."
+    )
+
+
+class Session(BaseModel):
+    """A session as it is now."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "session_id": SESSION_ID_EXAMPLE,
+                    "agent_id": AGENT_ID_EXAMPLE,
+                    "declared_intent": "Summarise the open incidents",
+                    "delegation_chain_snapshot": [],
+                    "authorized_tools": ["read_file", "fs.*"],
+                    "time_limit_secs": 3600,
+                    "call_budget": 100,
+                    "rate_limit_per_minute": 60,
+                    "rate_limit_window_secs": 60,
+                    "data_sensitivity_ceiling": "internal",
+                    "created_at": "2026-01-01T12:00:00.000000Z",
+                    "expires_at": "2026-01-01T13:00:00.000000Z",
+                    "calls_made": 1,
+                    "calls_remaining": 99,
+                    "rate_window_start": "2026-01-01T12:00:00.000000Z",
+                    "rate_window_calls": 1,
+                    "status": "active",
+                    "is_active": True,
+                }
+            ]
+        },
+    )
+
+    session_id: UuidText = Field(description="A capability: treat it as a secret.")
+    agent_id: UuidText
+    declared_intent: str
+    delegation_chain_snapshot: list[str]
+    authorized_tools: list[str]
+    time_limit_secs: Count
+    call_budget: Count
+    rate_limit_per_minute: Annotated[Count | None, NotNull] = Field(
+        default=None,
+        description="Absent: no rate limit.",
+    )
+    rate_limit_window_secs: Count
+    data_sensitivity_ceiling: DataSensitivity
+    created_at: datetime
+    expires_at: datetime
+    calls_made: Count
+    calls_remaining: Count
+    rate_window_start: datetime
+    rate_window_calls: Count
+    status: SessionStatus
+    is_active: bool = Field(description="Active, with budget left.")
+
+
+class SessionPage(BaseModel):
+    """Some sessions, in the order of their deadline."""
+
+    items: list[Session]
+    next_cursor: Annotated[str | None, NotNull] = Field(
+        default=None,
+        description="Send it as cursor for the next page. Absent on the last one.",
+    )
+
+
+class Agent(BaseModel):
+    """What the service knows of an agent."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"agent_id": AGENT_ID_EXAMPLE, "active_sessions": 2}]},
+    )
+
+    agent_id: UuidText
+    active_sessions: Count
+
+
+class AgentSessionsClosed(BaseModel):
+    """What the kill switch did."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"agent_id": AGENT_ID_EXAMPLE, "closed": 2}]}
+    )
+
+    agent_id: UuidText
+    closed: Count
+
+
+class Health(BaseModel):
+    """The service answers."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
+
+    status: str

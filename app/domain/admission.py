@@ -1,0 +1,210 @@
+"""Admission: may this session make these calls now, and what does it look like if it does.
+
+Rule 1, that the session exists, is the store's. `bar` holds rules 2 to 4, `decide` all of
+them. The first rule that fails names the denial; of rules 5 to 8 every one that fails is
+listed.
+
+    2  agent_mismatch        the caller named another agent
+    3  session_closed
+    4  session_expired       alive while now < expires_at
+    5  budget_exceeded       alive while calls_made + n <= call_budget
+    6  tool_not_authorized   every tool must be on the allow-list
+    7  sensitivity_exceeded  the tier may equal the ceiling
+    8  rate_limited          window calls + n may equal the limit; an elapsed window is empty
+
+An empty batch is subject to rules 2 to 4 only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from app.domain.session import MICROSECONDS, DataSensitivity, Session
+
+
+class Operation(StrEnum):
+    """The two ways to ask for admission; a call and a batch of one are different requests."""
+
+    CALL = "call"
+    BATCH = "batch"
+
+
+class DenialCode(StrEnum):
+    """Why the service said no: the machine contract, as it stands on the wire."""
+
+    SESSION_NOT_FOUND = "session_not_found"
+    AGENT_MISMATCH = "agent_mismatch"
+    SESSION_CLOSED = "session_closed"
+    SESSION_EXPIRED = "session_expired"
+    BUDGET_EXCEEDED = "budget_exceeded"
+    TOOL_NOT_AUTHORIZED = "tool_not_authorized"
+    SENSITIVITY_EXCEEDED = "sensitivity_exceeded"
+    RATE_LIMITED = "rate_limited"
+    TOO_MANY_SESSIONS = "too_many_sessions"
+    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
+
+
+class NextAction(StrEnum):
+    """What the caller can usefully do about a denial."""
+
+    WAIT = "wait"
+    USE_AUTHORIZED_TOOL = "use_authorized_tool"
+    LOWER_SENSITIVITY = "lower_sensitivity"
+    NEW_SESSION = "new_session"
+    STOP = "stop"
+
+
+class Admission(NamedTuple):
+    """A request for admission: what an idempotent retry must repeat."""
+
+    operation: Operation
+    tool_names: tuple[str, ...]
+    agent_id: str | None = None
+    data_sensitivity: DataSensitivity | None = None
+
+
+class Violation(NamedTuple):
+    """One of rules 5 to 8 that failed, with the figures that a rule about numbers has."""
+
+    code: DenialCode
+    limit: int | None = None
+    used: int | None = None
+    tool_indexes: tuple[int, ...] = ()
+    """Places in the batch, from 0, of the tools that are not authorised."""
+
+
+class Admitted(NamedTuple):
+    """Yes. `session` is the session after the calls were counted."""
+
+    session: Session
+    replayed: bool = False
+    """Whether this repeats an earlier answer to the same idempotency key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """No. Nothing has changed."""
+
+    code: DenialCode
+    next_action: NextAction
+    session: Session | None = None
+    violations: tuple[Violation, ...] = ()
+    retry_after_secs: int | None = None
+    """Seconds after which the same request can pass; `None` if waiting cannot help."""
+    limit: int | None = None
+    used: int | None = None
+
+
+def bar(session: Session, agent_id: str | None, now: int) -> Denied | None:
+    """Rules 2 to 4: the denial of a caller who may not use this session now, whatever the
+    call, or `None`."""
+    if agent_id is not None and agent_id != session.grant.agent_id:
+        return Denied(DenialCode.AGENT_MISMATCH, NextAction.STOP, session.at(now))
+    if session.closed_at is not None:
+        return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session.at(now))
+    if now >= session.expires_at:
+        return Denied(DenialCode.SESSION_EXPIRED, NextAction.NEW_SESSION, session.at(now))
+    return None
+
+
+def decide(session: Session, admission: Admission, now: int) -> Admitted | Denied:
+    """Apply rules 2 to 8 at the instant `now`.
+
+    `now` must not be earlier than any instant at which this session was decided before;
+    a store whose clock can step back holds it still instead.
+    """
+    barred = bar(session, admission.agent_id, now)
+    if barred is not None:
+        return barred
+    tools = admission.tool_names
+    n = len(tools)
+    if n == 0:
+        return Admitted(session.at(now))
+    grant = session.grant
+    elapsed = now >= session.window_ends_at
+    window_calls = n if elapsed else session.rate_window_calls + n
+    tier, limit = admission.data_sensitivity, grant.rate_limit_per_minute
+    if (
+        session.calls_made + n <= grant.call_budget
+        and grant.authorized_tools.allows_all(tools)
+        and (tier is None or not tier.exceeds(grant.data_sensitivity_ceiling))
+        and (limit is None or window_calls <= limit)
+    ):
+        return Admitted(
+            Session(
+                session.session_id,
+                grant,
+                session.created_at,
+                now,
+                session.calls_made + n,
+                now if elapsed else session.rate_window_start,
+                window_calls,
+                None,
+            )
+        )
+    return _denial(session.at(now), admission)
+
+
+def _denial(session: Session, admission: Admission) -> Denied:
+    violations = _violations(session, admission)
+    first = violations[0]
+    next_action, retry_after_secs = _NEXT_ACTION.get(first.code, NextAction.STOP), None
+    if first.code is DenialCode.RATE_LIMITED:
+        next_action, retry_after_secs = _when_rate_allows(session, len(admission.tool_names))
+    return Denied(
+        first.code,
+        next_action,
+        session,
+        violations,
+        retry_after_secs,
+        first.limit,
+        first.used,
+    )
+
+
+_NEXT_ACTION = {
+    DenialCode.BUDGET_EXCEEDED: NextAction.NEW_SESSION,
+    DenialCode.TOOL_NOT_AUTHORIZED: NextAction.USE_AUTHORIZED_TOOL,
+    DenialCode.SENSITIVITY_EXCEEDED: NextAction.LOWER_SENSITIVITY,
+}
+
+
+def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]:
+    grant = session.grant
+    n = len(admission.tool_names)
+    found = []
+    if session.calls_made + n > grant.call_budget:
+        found.append(
+            Violation(DenialCode.BUDGET_EXCEEDED, grant.call_budget, session.calls_made)
+        )
+    unauthorized = tuple(
+        index
+        for index, name in enumerate(admission.tool_names)
+        if not grant.authorized_tools.allows(name)
+    )
+    if unauthorized:
+        found.append(Violation(DenialCode.TOOL_NOT_AUTHORIZED, tool_indexes=unauthorized))
+    tier = admission.data_sensitivity
+    if tier is not None and tier.exceeds(grant.data_sensitivity_ceiling):
+        found.append(Violation(DenialCode.SENSITIVITY_EXCEEDED))
+    limit, used = grant.rate_limit_per_minute, session.window_calls_used
+    if limit is not None and used + n > limit:
+        found.append(Violation(DenialCode.RATE_LIMITED, limit, used))
+    return tuple(found)
+
+
+def _when_rate_allows(session: Session, n: int) -> tuple[NextAction, int | None]:
+    """What to do about `rate_limited`, and after how many seconds.
+
+    Waiting helps only if some window could hold the request and the session is still
+    alive when that window opens.
+    """
+    limit = session.grant.rate_limit_per_minute
+    if limit is None or n > limit:
+        return NextAction.STOP, None
+    wait = max(1, -(-(session.window_ends_at - session.as_of) // MICROSECONDS))
+    if session.as_of + wait * MICROSECONDS >= session.expires_at:
+        return NextAction.NEW_SESSION, None
+    return NextAction.WAIT, wait

@@ -1,0 +1,88 @@
+"""The composition root: settings -> store -> service -> application.
+
+Nothing is opened at import. `app` is made when somebody asks for it, so that
+`uvicorn app.main:app` works and importing this module reads no configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+
+from app import __version__
+from app.api.application import build_application
+from app.api.auth import Authenticator
+from app.observability.events import Events
+from app.observability.logs import configure_logs, get_logger
+from app.observability.metrics import Metrics
+from app.service import SessionService
+from app.settings import BadSettings, Settings, load_settings, redact_url
+from app.store import open_store
+from app.store.base import SessionStore, StoreLimits
+from app.sweeper import Sweeper
+
+
+def create_app(settings: Settings, store: SessionStore | None = None) -> FastAPI:
+    """The application that `settings` describe, over `store` if one is given. The store is
+    opened when the application starts, and closed when it stops."""
+    configure_logs(settings.log_format, settings.log_level)
+    limits = StoreLimits(
+        retention_secs=settings.retention_secs,
+        max_sessions=settings.max_sessions,
+        max_active_sessions_per_agent=settings.max_active_sessions_per_agent,
+    )
+    store = store or open_store(settings.store_url, limits)
+    metrics = Metrics()
+    events = Events(metrics, log_admissions=settings.log_level == "debug")
+    authenticator = Authenticator(
+        settings.api_keys, allow_unauthenticated=settings.allow_unauthenticated
+    )
+    sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        log = get_logger()
+        await store.open()
+        try:
+            log.info(
+                "starting",
+                address=f"http://{_bracketed(settings.host)}:{settings.port}",
+                store=redact_url(settings.store_url),
+                authentication="on" if authenticator.enabled else "off",
+                version=__version__,
+            )
+            sweeping = asyncio.create_task(sweeper.run(), name="sweeper")
+            try:
+                yield
+            finally:
+                sweeping.cancel()
+                with suppress(asyncio.CancelledError):
+                    await sweeping
+        finally:
+            await store.aclose()
+            log.info("stopped")
+
+    service = SessionService(store, events, settings.max_time_limit_secs)
+    return build_application(service, authenticator, metrics, lifespan)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made on first use (PEP 562)."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        made = create_app(load_settings())
+    except BadSettings as error:
+        print(f"arbiter: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    globals()["app"] = made
+    return made

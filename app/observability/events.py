@@ -1,0 +1,104 @@
+"""What happens to sessions, told once, to the log and the metrics."""
+
+from __future__ import annotations
+
+from app.domain.admission import Admission, Admitted, Denied
+from app.domain.session import Session
+from app.observability.logs import get_logger, short
+from app.observability.metrics import Metrics
+from app.store.base import Swept
+
+_DRY_RUN = "dry_run"
+
+
+class Events:
+    """Lifecycle and denials are logged at info, admitted calls at debug. With
+    `log_admissions` off, an admission costs two additions and no log record."""
+
+    def __init__(self, metrics: Metrics, *, log_admissions: bool) -> None:
+        self._metrics = metrics
+        self._log_admissions = log_admissions
+        self._log = get_logger()
+
+    def created(self, agent_id: str, decision: Admitted | Denied) -> None:
+        """A session was asked for."""
+        if isinstance(decision, Denied):
+            self._metrics.decisions["create", decision.code.value] += 1
+            self._log.info(
+                "session denied", agent_id=short(agent_id), reason=decision.code.value
+            )
+            return
+        session, replayed = decision
+        self._metrics.decisions["create", "replayed" if replayed else "admitted"] += 1
+        if not replayed:
+            self._metrics.created += 1
+            self._log.info(
+                "session created",
+                session_id=short(session.session_id),
+                agent_id=short(agent_id),
+                call_budget=session.grant.call_budget,
+                time_limit_secs=session.grant.time_limit_secs,
+                tools=len(session.grant.authorized_tools.entries),
+            )
+
+    def decided(
+        self,
+        session_id: str,
+        admission: Admission,
+        decision: Admitted | Denied,
+        *,
+        dry_run: bool,
+    ) -> None:
+        """Calls were asked for."""
+        operation = _DRY_RUN if dry_run else admission.operation.value
+        if isinstance(decision, Denied):
+            self._metrics.decisions[operation, decision.code.value] += 1
+            self._log.info(
+                "calls denied",
+                session_id=short(session_id),
+                operation=operation,
+                calls=len(admission.tool_names),
+                reason=decision.code.value,
+                violations=[violation.code.value for violation in decision.violations],
+            )
+            return
+        outcome = "replayed" if decision.replayed else "admitted"
+        self._metrics.decisions[operation, outcome] += 1
+        if self._log_admissions:
+            self._log.debug(
+                f"calls {outcome}",
+                session_id=short(session_id),
+                operation=operation,
+                tool_names=admission.tool_names,
+                calls_made=decision.session.calls_made,
+                call_budget=decision.session.grant.call_budget,
+            )
+
+    def closed(self, session: Session) -> None:
+        """One session was closed."""
+        self._metrics.ended["closed"] += 1
+        self._log.info(
+            "session closed",
+            session_id=short(session.session_id),
+            agent_id=short(session.grant.agent_id),
+            calls_made=session.calls_made,
+        )
+
+    def agent_closed(self, agent_id: str, closed: int) -> None:
+        """The kill switch was used."""
+        self._metrics.ended["agent_closed"] += closed
+        self._log.info("agent closed", agent_id=short(agent_id), closed=closed)
+
+    def swept(self, swept: Swept) -> None:
+        """One slice of a sweep is done."""
+        self._metrics.ended["expired"] += swept.expired
+
+    def sweep_finished(self, removed: int, duration_secs: float) -> None:
+        """A whole sweep is done."""
+        self._metrics.sweeps.observe(duration_secs)
+        if removed:
+            self._log.info("sessions swept", removed=removed)
+
+    def sweep_failed(self) -> None:
+        """Called where the exception is being handled; it goes into the log."""
+        self._log.exception("sweep failed")

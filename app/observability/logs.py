@@ -1,0 +1,76 @@
+"""Structured logs on standard error: JSON objects, one a line, or text for a terminal.
+
+Nothing a client sends can break or forge a line: JSON escapes it, and the terminal format
+prints every string with its control characters escaped. Ids are shortened, since a whole
+session id is a capability.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LogFormat = Literal["json", "console"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+SHORT_ID_CHARS = 8
+
+
+def short(identifier: str) -> str:
+    """Enough of an id to tell log lines apart, too little to use it."""
+    return identifier[:SHORT_ID_CHARS]
+
+
+def _escape_controls(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable() and key != "exception":
+            event[key] = value.encode("unicode_escape").decode("ascii")
+    return event
+
+
+def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
+    """Send the service's and uvicorn's logs to standard error in one format."""
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    rendered: list[Processor]
+    if log_format == "json":
+        rendered = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        rendered = [
+            structlog.processors.format_exc_info,
+            _escape_controls,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
+            foreign_pre_chain=shared,
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    # Says at info what our own lines say, and prints request data at debug.
+    for name in ("uvicorn", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(root.level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger() -> Any:
+    """The logger of the service."""
+    return structlog.get_logger("arbiter")

@@ -1,0 +1,124 @@
+"""Metrics in Prometheus' format.
+
+The hot path only adds to plain integers; they are turned into samples when somebody
+scrapes. No label ever holds something that a client sent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from app import __version__
+
+REQUEST_BUCKETS_SECS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+SWEEP_BUCKETS_SECS = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+
+class Histogram:
+    """Counts of durations in seconds, by upper bound."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, duration_secs: float) -> None:
+        """Count one duration."""
+        self.counts[bisect_left(self.bounds, duration_secs)] += 1
+        self.total += duration_secs
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, how many were at most that), as Prometheus wants them."""
+        pairs, seen = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            seen += count
+            pairs.append((bound, float(seen)))
+        return pairs
+
+
+class Metrics:
+    """The counters of one process."""
+
+    def __init__(self) -> None:
+        self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.created = 0
+        self.ended: dict[str, int] = {"closed": 0, "agent_closed": 0, "expired": 0}
+        self.requests: dict[tuple[str, str, int], Histogram] = {}
+        self.sweeps = Histogram(SWEEP_BUCKETS_SECS)
+
+    def request(self, method: str, route: str, status: int) -> Histogram:
+        """The durations of requests to `route`, a path template, that ended in `status`."""
+        key = (method, route, status)
+        known = self.requests.get(key)
+        if known is None:
+            known = self.requests[key] = Histogram(REQUEST_BUCKETS_SECS)
+        return known
+
+    def render(self, active_sessions: int) -> bytes:
+        """The text of a scrape."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Snapshot(self._families(active_sessions)))
+        return generate_latest(registry)
+
+    def _families(self, active_sessions: int) -> Iterator[Metric]:
+        decisions = CounterMetricFamily(
+            "arbiter_decisions",
+            "Decisions taken, by operation and outcome: admitted, replayed or a denial code.",
+            labels=("operation", "outcome"),
+        )
+        for labels, count in self.decisions.items():
+            decisions.add_metric(labels, count)
+        yield decisions
+        yield GaugeMetricFamily(
+            "arbiter_sessions_active", "Sessions that are active now.", active_sessions
+        )
+        yield CounterMetricFamily(
+            "arbiter_sessions_created", "Sessions created.", value=self.created
+        )
+        ended = CounterMetricFamily(
+            "arbiter_sessions_ended",
+            "Sessions ended; expired ones are counted when they are swept.",
+            labels=("reason",),
+        )
+        for reason, count in self.ended.items():
+            ended.add_metric((reason,), count)
+        yield ended
+        sweeps = HistogramMetricFamily(
+            "arbiter_sweep_duration_seconds", "How long the sweeps of ended sessions took."
+        )
+        sweeps.add_metric((), self.sweeps.cumulative(), self.sweeps.total)
+        yield sweeps
+        requests = HistogramMetricFamily(
+            "arbiter_http_request_duration_seconds",
+            "How long requests took, by method, route and status.",
+            labels=("method", "route", "status"),
+        )
+        for (method, route, status), durations in self.requests.items():
+            requests.add_metric(
+                (method, route, str(status)), durations.cumulative(), durations.total
+            )
+        yield requests
+        build = GaugeMetricFamily("arbiter_build_info", "The version.", labels=("version",))
+        build.add_metric((__version__,), 1)
+        yield build
+
+
+class _Snapshot(Collector):
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

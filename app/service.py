@@ -1,0 +1,131 @@
+"""The use cases. Both lanes of the HTTP API call these and nothing below them.
+
+A denial comes back as a value; the exceptions are those of `app.domain.errors`, and mean
+that nothing was decided and nothing recorded.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.errors import InvalidField
+from app.domain.session import (
+    DEFAULT_TIME_LIMIT_SECS,
+    DataSensitivity,
+    Grant,
+    Session,
+)
+from app.observability.events import Events
+from app.store.base import (
+    IdempotencyKey,
+    InvalidCursor,
+    Page,
+    SessionFilter,
+    SessionStore,
+)
+
+
+class SessionService:
+    """Issues, enforces and ends sessions in `store`, and tells `events` what happened."""
+
+    def __init__(self, store: SessionStore, events: Events, max_time_limit_secs: int) -> None:
+        self._store = store
+        self._events = events
+        self._max_time_limit_secs = max_time_limit_secs
+
+    async def create_session(
+        self,
+        grant: Grant,
+        *,
+        time_limit_secs: int | None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> Admitted | Denied:
+        """Open a session. Without a time limit it gets the default, or this server's
+        maximum if that is shorter. Raises `InvalidField` for a limit above the maximum."""
+        if time_limit_secs is None:
+            time_limit_secs = min(DEFAULT_TIME_LIMIT_SECS, self._max_time_limit_secs)
+        if time_limit_secs > self._max_time_limit_secs:
+            raise InvalidField(
+                "body",
+                "time_limit_secs",
+                f"This server allows at most {self._max_time_limit_secs} seconds.",
+            )
+        decision = await self._store.create(
+            str(uuid.uuid4()), replace(grant, time_limit_secs=time_limit_secs), idempotency
+        )
+        self._events.created(grant.agent_id, decision)
+        return decision
+
+    async def record_call(
+        self,
+        session_id: str,
+        tool_name: str,
+        *,
+        agent_id: str | None = None,
+        data_sensitivity: DataSensitivity | None = None,
+        idempotency: IdempotencyKey | None = None,
+        dry_run: bool = False,
+    ) -> Admitted | Denied:
+        """Admit and count one tool call, or deny it and change nothing."""
+        admission = Admission(Operation.CALL, (tool_name,), agent_id, data_sensitivity)
+        decision = await self._store.record(session_id, admission, idempotency, dry_run=dry_run)
+        self._events.decided(session_id, admission, decision, dry_run=dry_run)
+        return decision
+
+    async def record_batch(
+        self,
+        session_id: str,
+        tool_names: tuple[str, ...],
+        *,
+        agent_id: str | None = None,
+        data_sensitivity: DataSensitivity | None = None,
+        idempotency: IdempotencyKey | None = None,
+        dry_run: bool = False,
+    ) -> Admitted | Denied:
+        """Admit and count all of the calls, or deny them all and change nothing."""
+        admission = Admission(Operation.BATCH, tool_names, agent_id, data_sensitivity)
+        decision = await self._store.record(session_id, admission, idempotency, dry_run=dry_run)
+        self._events.decided(session_id, admission, decision, dry_run=dry_run)
+        return decision
+
+    async def close_session(self, session_id: str) -> Session | Denied:
+        """End a session for good."""
+        outcome = await self._store.close(session_id)
+        if isinstance(outcome, Session):
+            self._events.closed(outcome)
+        return outcome
+
+    async def get_session(self, session_id: str) -> Session | None:
+        """The session as it is now."""
+        return await self._store.get(session_id)
+
+    async def list_sessions(
+        self, which: SessionFilter, *, limit: int, cursor: str | None
+    ) -> Page:
+        """A page of sessions. Raises `InvalidField` for a cursor that is not ours."""
+        try:
+            return await self._store.list_all(which, limit=limit, cursor=cursor)
+        except InvalidCursor as error:
+            raise InvalidField(
+                "query", "cursor", "Send the next_cursor of an earlier page, unchanged."
+            ) from error
+
+    async def count_active_sessions(self, agent_id: str) -> int:
+        """How many sessions of the agent are active; 0 for an agent never seen."""
+        return await self._store.count_active_for_agent(agent_id)
+
+    async def close_agent_sessions(self, agent_id: str) -> int:
+        """The kill switch: close every active session of the agent; how many."""
+        closed = await self._store.close_sessions_for_agent(agent_id)
+        self._events.agent_closed(agent_id, closed)
+        return closed
+
+    async def ready(self) -> None:
+        """Return if requests can be served; raise `StoreUnavailable` if not."""
+        await self._store.ping()
+
+    async def count_active(self) -> int:
+        """How many sessions are active."""
+        return await self._store.count_active()

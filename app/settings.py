@@ -1,0 +1,143 @@
+"""Configuration: environment variables that start with `ARBITER_`, and `.env`.
+
+Read once, by the composition root. A variable with our prefix that we do not know is an
+error: a typo must not fall back to something less safe.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from dotenv import dotenv_values
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.api.auth import ApiKey, is_loopback
+from app.observability.logs import LogFormat, LogLevel
+from app.store import scheme_of
+
+PREFIX = "ARBITER_"
+TEN_YEARS_SECS = 10 * 366 * 86_400
+REDACTED = "***"
+
+
+class BadSettings(Exception):
+    """The configuration cannot be used; the message is one sentence that says why."""
+
+
+class Settings(BaseSettings):
+    """Every setting. Durations are in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, env_ignore_empty=False
+    )
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    store_url: str = "memory://"
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
+    allow_unauthenticated: bool = False
+    cleanup_interval_secs: Annotated[float, Field(gt=0, le=86_400)] = 60
+    retention_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 300
+    max_time_limit_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 604_800
+    max_active_sessions_per_agent: Annotated[int, Field(ge=0)] | None = None
+    max_sessions: Annotated[int, Field(ge=1)] = 1_000_000
+    log_level: LogLevel = "info"
+    log_format: LogFormat = Field(
+        default_factory=lambda: "console" if sys.stderr.isatty() else "json"
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _parse_keys(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        keys = tuple(ApiKey.parse(part) for part in value.split(",")) if value.strip() else ()
+        if len({key.name for key in keys}) != len(keys):
+            raise ValueError("two API keys have the same name; rotate with a new name")
+        return keys
+
+    @field_validator("store_url")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        scheme_of(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_worker_in_memory(self) -> Settings:
+        if self.workers > 1 and scheme_of(self.store_url) == "memory":
+            raise ValueError(
+                "ARBITER_WORKERS must be 1 with the memory store: every worker would have "
+                "sessions and budgets of its own"
+            )
+        return self
+
+    def check_bind(self) -> None:
+        """Raise `BadSettings` if the service would be open to other machines."""
+        if self.api_keys or self.allow_unauthenticated or is_loopback(self.host):
+            return
+        raise BadSettings(
+            f"refusing to listen on {self.host} without authentication: set ARBITER_API_KEYS "
+            "(make a key with: python -m app keys new --name NAME --scope SCOPE), or set "
+            "ARBITER_ALLOW_UNAUTHENTICATED=true if everybody who can connect may do everything"
+        )
+
+    def printable(self) -> dict[str, str]:
+        """Every variable and its value, secrets redacted."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        values["store_url"] = redact_url(self.store_url)
+        values["api_keys"] = ",".join(
+            f"{key.name}:{key.scope}:{REDACTED}" for key in self.api_keys
+        )
+        return {
+            PREFIX + name.upper(): _text(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def redact_url(url: str) -> str:
+    """The URL without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:{REDACTED}@{host}"))
+
+
+def load_settings() -> Settings:
+    """The settings of this process. Raises `BadSettings`."""
+    env_file = Path(".env")
+    names = [*os.environ, *(dotenv_values(env_file) if env_file.is_file() else ())]
+    _refuse_unknown(names)
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise BadSettings("; ".join(_sentence(each) for each in error.errors())) from None
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(n for n in set(names) if n.upper().startswith(PREFIX) and n not in known)
+    if unknown:
+        raise BadSettings(
+            f"unknown setting {', '.join(unknown)}; "
+            f"the known ones are {', '.join(sorted(known))}"
+        )
+
+
+def _sentence(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    return f"{PREFIX}{str(error['loc'][0]).upper()}: {message}"

@@ -1,0 +1,276 @@
+"""The default store: one process, one event loop, nothing on disk.
+
+It is also the reference that the other backends are tested against. No method awaits
+anything, so that each is one atomic step of the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
+
+from typing_extensions import override
+
+from app.domain.admission import (
+    Admission,
+    Admitted,
+    DenialCode,
+    Denied,
+    NextAction,
+    bar,
+    decide,
+)
+from app.domain.errors import Overloaded
+from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
+from app.store.base import (
+    CREATION_REPLAY_SECS,
+    IdempotencyKey,
+    InvalidCursor,
+    Page,
+    SessionFilter,
+    SessionStore,
+    StoreLimits,
+    Swept,
+)
+from app.store.memory_index import Position, SessionIndex
+
+Clock = Callable[[], int]
+"""Microseconds since the Unix epoch, never running backwards."""
+
+_NOT_FOUND = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
+_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
+
+
+def anchored_clock() -> Clock:
+    """A clock that reads wall time now and from then on counts only time that passed, so
+    that setting the wall clock neither extends nor ends a session.
+
+    Time in which the machine is suspended passes too, where the system can tell.
+    """
+    source = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    read = time.clock_gettime_ns
+    offset = time.time_ns() - read(source)
+    return lambda: (read(source) + offset) // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Creation:
+    session: Session
+    forget_at: int
+
+
+class MemoryStore(SessionStore):
+    """Sessions in a dict, indexed by agent and ordered by deadline."""
+
+    def __init__(self, limits: StoreLimits, clock: Clock | None = None) -> None:
+        self._limits = limits
+        self._clock = clock or anchored_clock()
+        self._sessions: dict[str, Session] = {}
+        self._open = SessionIndex()
+        self._closed = SessionIndex()
+        # The order of closing is the order of time. Sessions that expired before they were
+        # closed are removed before their turn here, which is then passed over.
+        self._closings: deque[tuple[int, str]] = deque()
+        self._replays: dict[str, dict[IdempotencyKey, tuple[Admission, Session]]] = {}
+        self._creations: dict[IdempotencyKey, _Creation] = {}
+        self._forgettings: deque[tuple[int, IdempotencyKey]] = deque()
+
+    @classmethod
+    def from_url(cls, url: str, limits: StoreLimits) -> MemoryStore:
+        """The store for `memory://`. Raises `ValueError` if the URL says any more."""
+        if url != "memory://":
+            raise ValueError("the memory store has no options; write memory://")
+        return cls(limits)
+
+    @override
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    @override
+    async def aclose(self) -> None:
+        """Nothing to do; the sessions go with the process."""
+
+    @override
+    async def ping(self) -> None:
+        """The memory store always answers."""
+
+    @override
+    async def create(
+        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
+    ) -> Admitted | Denied:
+        now = self._clock()
+        if idempotency is not None:
+            known = self._creations.get(idempotency)
+            if known is not None and now < known.forget_at:
+                if known.session.grant != grant:
+                    return _CONFLICT
+                return Admitted(known.session, replayed=True)
+        full = self._limits.max_sessions
+        if len(self._sessions) >= full or (idempotency and len(self._creations) >= full):
+            raise Overloaded
+        cap = self._limits.max_active_sessions_per_agent
+        if cap is not None:
+            active = self._open.count_alive_of(grant.agent_id, now)
+            if active >= cap:
+                return Denied(
+                    DenialCode.TOO_MANY_SESSIONS, NextAction.STOP, limit=cap, used=active
+                )
+        session = Session.opened(session_id, grant, now)
+        self._sessions[session_id] = session
+        self._open.add(session)
+        if idempotency is not None:
+            forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
+            self._creations[idempotency] = _Creation(session, forget_at)
+            self._forgettings.append((forget_at, idempotency))
+        return Admitted(session)
+
+    @override
+    async def record(
+        self,
+        session_id: str,
+        admission: Admission,
+        idempotency: IdempotencyKey | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> Admitted | Denied:
+        session = self._sessions.get(session_id)
+        if session is None:
+            return _NOT_FOUND
+        now = self._clock()
+        if idempotency is not None:
+            known = self._replays.get(session_id, {}).get(idempotency)
+            if known is not None:
+                barred = bar(session, admission.agent_id, now)
+                if barred is not None:
+                    return barred
+                first, answer = known
+                return Admitted(answer, replayed=True) if first == admission else _CONFLICT
+        decision = decide(session, admission, now)
+        if isinstance(decision, Admitted) and not dry_run:
+            self._sessions[session_id] = decision.session
+            if idempotency is not None:
+                replays = self._replays.setdefault(session_id, {})
+                replays[idempotency] = (admission, decision.session)
+        return decision
+
+    @override
+    async def close(self, session_id: str) -> Session | Denied:
+        session = self._sessions.get(session_id)
+        if session is None:
+            return _NOT_FOUND
+        now = self._clock()
+        if session.closed_at is not None:
+            return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session.at(now))
+        return self._close(session, now)
+
+    def _close(self, session: Session, now: int) -> Session:
+        closed = session.closed(now)
+        self._sessions[session.session_id] = closed
+        self._open.remove(session)
+        self._closed.add(session)
+        self._closings.append((now, session.session_id))
+        self._replays.pop(session.session_id, None)
+        return closed
+
+    @override
+    async def get(self, session_id: str) -> Session | None:
+        session = self._sessions.get(session_id)
+        return None if session is None else session.at(self._clock())
+
+    @override
+    async def list_all(
+        self, which: SessionFilter, *, limit: int, cursor: str | None = None
+    ) -> Page:
+        now = self._clock()
+        start = Position(-1, "") if cursor is None else _position(cursor)
+        positions = list(islice(self._listed(which, start, now), limit + 1))
+        sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
+        more = len(positions) > limit
+        return Page(sessions, _cursor(positions[limit - 1]) if more else None)
+
+    def _listed(self, which: SessionFilter, start: Position, now: int) -> Iterator[Position]:
+        agent_id, status = which
+        if status is SessionStatus.CLOSED:
+            return self._closed.after(start, agent_id, None)
+        if status is SessionStatus.EXPIRED:
+            return self._open.after(start, agent_id, now)
+        if status is SessionStatus.ACTIVE:
+            return self._open.after(max(start, Position(now + 1, "")), agent_id, None)
+        return merge(
+            self._open.after(start, agent_id, None), self._closed.after(start, agent_id, None)
+        )
+
+    @override
+    async def count_active_for_agent(self, agent_id: str) -> int:
+        return self._open.count_alive_of(agent_id, self._clock())
+
+    @override
+    async def count_active(self) -> int:
+        return self._open.count_alive(self._clock())
+
+    @override
+    async def close_sessions_for_agent(self, agent_id: str) -> int:
+        now = self._clock()
+        active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), _START, now))
+        for position in active:
+            self._close(self._sessions[position.session_id], now)
+        return len(active)
+
+    @override
+    async def cleanup_expired(self, limit: int) -> Swept:
+        now = self._clock()
+        cutoff = now - self._limits.retention_secs * MICROSECONDS
+        expired = self._remove_overdue(self._open, cutoff, limit)
+        closed = self._remove_overdue(self._closed, cutoff, limit - expired)
+        looked_at = expired + closed
+        while looked_at < limit and self._closings and self._closings[0][0] <= cutoff:
+            _, session_id = self._closings.popleft()
+            looked_at += 1
+            if session_id in self._sessions:
+                self._remove(session_id, self._closed)
+                closed += 1
+        while looked_at < limit and self._forgettings and self._forgettings[0][0] <= now:
+            forget_at, key = self._forgettings.popleft()
+            looked_at += 1
+            # A key used again after its 24 hours has a later turn of its own.
+            if self._creations[key].forget_at == forget_at:
+                del self._creations[key]
+        return Swept(expired, closed, more=looked_at >= limit)
+
+    def _remove_overdue(self, index: SessionIndex, cutoff: int, limit: int) -> int:
+        removed = 0
+        while removed < limit:
+            earliest = index.earliest()
+            if earliest is None or earliest.expires_at > cutoff:
+                break
+            self._remove(earliest.session_id, index)
+            removed += 1
+        return removed
+
+    def _remove(self, session_id: str, index: SessionIndex) -> None:
+        index.remove(self._sessions.pop(session_id))
+        self._replays.pop(session_id, None)
+
+
+_START = Position(-1, "")
+
+
+def _cursor(position: Position) -> str:
+    raw = f"{position.expires_at}.{position.session_id}"
+    return urlsafe_b64encode(raw.encode()).decode()
+
+
+def _position(cursor: str) -> Position:
+    try:
+        expires_at, _, session_id = urlsafe_b64decode(cursor.encode()).decode().partition(".")
+        position = Position(int(expires_at), session_id)
+    except ValueError as error:
+        raise InvalidCursor(InvalidCursor.__doc__) from error
+    if _cursor(position) != cursor:
+        raise InvalidCursor(InvalidCursor.__doc__)
+    return position

@@ -1,0 +1,79 @@
+"""The sessions of a memory store in order: by deadline, and by agent and deadline.
+
+Sorted lists of plain tuples: they insert, remove, count and seek in the logarithm of their
+length, without the pauses of a rebuild, and the garbage collector does not track them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sortedcontainers import SortedList
+
+from app.domain.session import Session
+
+
+class Position(NamedTuple):
+    """Where a session stands in the order of deadlines."""
+
+    expires_at: int
+    session_id: str
+
+
+class SessionIndex:
+    """Sessions in order. Holds ids, not sessions."""
+
+    def __init__(self) -> None:
+        self._by_deadline: SortedList[tuple[int, str]] = SortedList()
+        self._by_agent: SortedList[tuple[str, int, str]] = SortedList()
+
+    def __len__(self) -> int:
+        return len(self._by_deadline)
+
+    def add(self, session: Session) -> None:
+        """Put a session in its place."""
+        expires_at = session.expires_at
+        self._by_deadline.add((expires_at, session.session_id))
+        self._by_agent.add((session.grant.agent_id, expires_at, session.session_id))
+
+    def remove(self, session: Session) -> None:
+        """Take a session out. Raises `ValueError` if it is not here."""
+        expires_at = session.expires_at
+        self._by_deadline.remove((expires_at, session.session_id))
+        self._by_agent.remove((session.grant.agent_id, expires_at, session.session_id))
+
+    def count_alive(self, now: int) -> int:
+        """How many have their deadline after `now`."""
+        return len(self._by_deadline) - self._by_deadline.bisect_left((now + 1, ""))
+
+    def count_alive_of(self, agent_id: str, now: int) -> int:
+        """How many of the agent have their deadline after `now`."""
+        last = self._by_agent.bisect_left(_past(agent_id))
+        return last - self._by_agent.bisect_left((agent_id, now + 1, ""))
+
+    def earliest(self) -> Position | None:
+        """The session with the earliest deadline."""
+        return Position(*self._by_deadline[0]) if self._by_deadline else None
+
+    def after(
+        self, position: Position, agent_id: str | None, until: int | None
+    ) -> Iterator[Position]:
+        """Positions after `position`, of one agent or of all, with deadlines up to and
+        including `until`."""
+        if agent_id is None:
+            for expires_at, session_id in self._by_deadline.irange(
+                position, None if until is None else (until + 1, ""), (False, False)
+            ):
+                yield Position(expires_at, session_id)
+            return
+        last = _past(agent_id) if until is None else (agent_id, until + 1, "")
+        for _, expires_at, session_id in self._by_agent.irange(
+            (agent_id, *position), last, (False, False)
+        ):
+            yield Position(expires_at, session_id)
+
+
+def _past(agent_id: str) -> tuple[str, int, str]:
+    """A bound after everything of the agent and before anything of the next one."""
+    return (agent_id + "\0", 0, "")
