@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
@@ -25,6 +26,8 @@ from app.observability.metrics import Metrics
 from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+_ROUTERS = (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate)
 
 MAX_FIELD_ERRORS = 20
 """Field errors that one answer lists."""
@@ -48,7 +51,7 @@ def build_application(
     app.state.service = service
     app.state.authenticator = authenticator
     app.state.metrics = metrics
-    for router in (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate):
+    for router in _ROUTERS:
         app.include_router(router)
     for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
@@ -77,7 +80,7 @@ def _on_error(request: Request, error: Exception) -> Response:
         case HTTPException(status_code=404):
             refused = Refused(ProblemCode.NOT_FOUND)
         case HTTPException(status_code=405):
-            allow = ", ".join(_allowed_methods(request.app, request.scope)).encode()
+            allow = ", ".join(_allowed_methods(request.scope)).encode()
             refused = Refused(ProblemCode.METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
         case _:
             raise error
@@ -93,12 +96,12 @@ def _field_error(error: dict[str, Any]) -> dict[str, str]:
     return {"in": location, "field": "/".join(path), "detail": detail}
 
 
-def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+def _allowed_methods(scope: Scope) -> list[str]:
     """Every method that some route has at this path. Starlette's own `Allow` header names
     those of the first such route only."""
     methods: set[str] = set()
-    for route in app.routes:
-        match, _ = route.matches(scope)
-        if match is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
+    for router in _ROUTERS:
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.matches(scope)[0] is not Match.NONE:
+                methods |= route.methods
     return sorted(methods)

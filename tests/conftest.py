@@ -1,0 +1,119 @@
+"""One suite over every store and both lanes: the fixtures that tests are run with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.main import create_app
+from app.settings import Settings
+from app.store.base import SessionStore, StoreLimits
+from app.store.memory import Clock, MemoryStore
+from tests.support import ManualClock, session_request
+
+STORES: dict[str, Callable[[StoreLimits, Clock], SessionStore]] = {
+    "memory": MemoryStore,
+}
+"""How each backend is made for a test. A new backend is one more line."""
+
+LANES = ("framework",)
+
+MakeStore = Callable[..., Awaitable[SessionStore]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(params=STORES)
+async def make_store(
+    request: pytest.FixtureRequest, clock: ManualClock
+) -> AsyncIterator[MakeStore]:
+    """Makes an open store with the given limits; closes it after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def make(**limits: Any) -> SessionStore:
+            store = STORES[request.param](StoreLimits(**limits), clock)
+            await store.open()
+            stack.push_async_callback(store.aclose)
+            return store
+
+        yield make
+
+
+@pytest.fixture
+async def store(make_store: MakeStore) -> SessionStore:
+    return await make_store()
+
+
+@dataclass
+class Api:
+    """A running application, and a client of it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+
+    async def create(self, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/sessions", json=session_request(**fields))
+        assert answer.status_code == 201, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    async def call(
+        self, session_id: str, tool: str = "read_file", **more: Any
+    ) -> httpx.Response:
+        return await self.client.post(
+            f"/sessions/{session_id}/calls", json={"tool_name": tool} | more
+        )
+
+    async def batch(self, session_id: str, *tools: str, **more: Any) -> httpx.Response:
+        return await self.client.post(
+            f"/sessions/{session_id}/batch", json={"tool_names": list(tools)} | more
+        )
+
+    async def calls_made(self, session_id: str) -> int:
+        return int((await self.client.get(f"/sessions/{session_id}")).json()["calls_made"])
+
+
+MakeApi = Callable[..., Awaitable[Api]]
+
+
+@pytest.fixture(params=LANES)
+async def make_api(
+    request: pytest.FixtureRequest, clock: ManualClock
+) -> AsyncIterator[MakeApi]:
+    """Starts the application with the given settings, and stops it after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def make(*, store: SessionStore | None = None, **settings: Any) -> Api:
+            chosen = Settings(_env_file=None, log_format="json", **settings)
+            limits = StoreLimits(
+                chosen.retention_secs,
+                chosen.max_sessions,
+                chosen.max_active_sessions_per_agent,
+            )
+            app = create_app(chosen, store or MemoryStore(limits, clock))
+            await stack.enter_async_context(app.router.lifespan_context(app))
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
+            await stack.enter_async_context(client)
+            return Api(app, client)
+
+        yield make
+
+
+@pytest.fixture
+async def api(make_api: MakeApi) -> Api:
+    return await make_api()

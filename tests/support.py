@@ -1,0 +1,70 @@
+"""Shorthands for tests: a clock that tests own, and values with sensible defaults."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from app.domain.admission import Admission, Admitted, Operation
+from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
+from app.domain.tools import AllowList
+from app.store.base import SessionStore
+
+AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+OTHER_AGENT = "11111111-2222-4333-8444-555555555555"
+START = 1_767_268_800 * MICROSECONDS
+
+
+@dataclass
+class ManualClock:
+    """A clock that moves when a test says so."""
+
+    now: int = START
+
+    def __call__(self) -> int:
+        return self.now
+
+    def advance(self, secs: float) -> None:
+        self.now += round(secs * MICROSECONDS)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def a_grant(*tools: str, **terms: Any) -> Grant:
+    """A grant for these tools, `read_file` and `list_dir` if none are named."""
+    terms = {"agent_id": AGENT, "declared_intent": "read and analyse files"} | terms
+    return Grant(authorized_tools=AllowList.of(tools or ("read_file", "list_dir")), **terms)
+
+
+def a_call(
+    tool: str = "read_file",
+    *,
+    agent_id: str | None = None,
+    tier: DataSensitivity | None = None,
+) -> Admission:
+    return Admission(Operation.CALL, (tool,), agent_id, tier)
+
+
+def a_batch(
+    *tools: str, agent_id: str | None = None, tier: DataSensitivity | None = None
+) -> Admission:
+    return Admission(Operation.BATCH, tools, agent_id, tier)
+
+
+async def opened(store: SessionStore, grant: Grant | None = None) -> Session:
+    """A new session in `store`."""
+    created = await store.create(new_id(), grant or a_grant())
+    assert isinstance(created, Admitted)
+    return created.session
+
+
+def session_request(**fields: Any) -> dict[str, Any]:
+    """The body of a creation."""
+    return {
+        "agent_id": AGENT,
+        "declared_intent": "read and analyse files",
+        "authorized_tools": ["read_file", "list_dir"],
+    } | fields
