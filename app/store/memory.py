@@ -187,7 +187,7 @@ class MemoryStore(SessionStore):
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         now = self._clock()
-        start = Position(-1, "") if cursor is None else _position(cursor)
+        start = _START if cursor is None else _position(cursor)
         positions = list(islice(self._listed(which, start, now), limit + 1))
         sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
         more = len(positions) > limit
@@ -258,6 +258,7 @@ class MemoryStore(SessionStore):
 
 
 _START = Position(-1, "")
+"""Before every session."""
 
 
 def _cursor(position: Position) -> str:
@@ -271,6 +272,6 @@ def _position(cursor: str) -> Position:
         position = Position(int(expires_at), session_id)
     except ValueError as error:
         raise InvalidCursor(InvalidCursor.__doc__) from error
-    if _cursor(position) != cursor:
+    if position.expires_at < 0 or not session_id or _cursor(position) != cursor:
         raise InvalidCursor(InvalidCursor.__doc__)
     return position

@@ -1,0 +1,678 @@
+"""What every store promises (`app/store/base.py`), over every store."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from app.domain.admission import Admitted, Denied
+from app.domain.admission import DenialCode as Code
+from app.domain.errors import Overloaded
+from app.domain.session import Session, SessionStatus
+from app.store.base import IdempotencyKey, InvalidCursor, SessionFilter, SessionStore
+from tests.conftest import MakeStore
+from tests.support import (
+    AGENT,
+    OTHER_AGENT,
+    ManualClock,
+    a_batch,
+    a_call,
+    a_grant,
+    new_id,
+    opened,
+)
+
+pytestmark = pytest.mark.anyio
+
+EVERYTHING = SessionFilter()
+
+
+async def admit(store: SessionStore, session: Session, *tools: str, **more: Any) -> Session:
+    decision = await store.record(session.session_id, a_batch(*tools or ("read_file",)), **more)
+    assert isinstance(decision, Admitted), decision
+    return decision.session
+
+
+async def refuse(store: SessionStore, session: Session, *tools: str, **more: Any) -> Denied:
+    decision = await store.record(session.session_id, a_batch(*tools or ("read_file",)), **more)
+    assert isinstance(decision, Denied), decision
+    return decision
+
+
+async def current(store: SessionStore, session: Session) -> Session:
+    found = await store.get(session.session_id)
+    assert found is not None
+    return found
+
+
+async def sweep(store: SessionStore) -> int:
+    removed, more = 0, True
+    while more:
+        swept = await store.cleanup_expired(100)
+        removed, more = removed + swept.expired + swept.closed, swept.more
+    return removed
+
+
+async def listed(store: SessionStore, which: SessionFilter = EVERYTHING) -> list[str]:
+    page = await store.list_all(which, limit=500)
+    return [session.session_id for session in page.sessions]
+
+
+class TestOneSession:
+    async def test_create_and_use_session(self, store: SessionStore) -> None:
+        session = await opened(store)
+        assert (session.calls_made, session.is_active) == (0, True)
+
+        decision = await store.record(session.session_id, a_call())
+
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 1
+        assert await current(store, session) == decision.session
+
+    async def test_the_budget_ends_with_its_last_call(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=2))
+        await admit(store, session)
+        await admit(store, session)
+
+        assert (await refuse(store, session)).code is Code.BUDGET_EXCEEDED
+
+    async def test_a_tool_off_the_allow_list_is_refused(self, store: SessionStore) -> None:
+        session = await opened(store)
+        await admit(store, session)
+
+        assert (await refuse(store, session, "delete_file")).code is Code.TOOL_NOT_AUTHORIZED
+
+    async def test_a_session_without_time_is_expired_at_once(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(time_limit_secs=0))
+
+        assert (await refuse(store, session)).code is Code.SESSION_EXPIRED
+        assert (await current(store, session)).status is SessionStatus.EXPIRED
+
+    async def test_expiry_follows_the_clock_untouched(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(time_limit_secs=10))
+
+        clock.advance(10)
+
+        assert (await current(store, session)).status is SessionStatus.EXPIRED
+
+    async def test_a_closed_session_cannot_be_used_again(self, store: SessionStore) -> None:
+        session = await opened(store)
+
+        closed = await store.close(session.session_id)
+
+        assert isinstance(closed, Session)
+        assert closed.status is SessionStatus.CLOSED
+        assert (await refuse(store, session)).code is Code.SESSION_CLOSED
+
+    async def test_a_session_closes_once(self, store: SessionStore) -> None:
+        session = await opened(store)
+        await store.close(session.session_id)
+
+        again = await store.close(session.session_id)
+
+        assert isinstance(again, Denied)
+        assert again.code is Code.SESSION_CLOSED
+
+    async def test_an_expired_session_can_be_closed(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(time_limit_secs=10))
+        clock.advance(11)
+
+        closed = await store.close(session.session_id)
+
+        assert isinstance(closed, Session)
+        assert closed.status is SessionStatus.CLOSED
+
+    async def test_an_unknown_session_is_not_found(self, store: SessionStore) -> None:
+        recorded = await store.record(new_id(), a_call("anything"))
+        closed = await store.close(new_id())
+
+        assert isinstance(recorded, Denied)
+        assert recorded.code is Code.SESSION_NOT_FOUND
+        assert isinstance(closed, Denied)
+        assert closed.code is Code.SESSION_NOT_FOUND
+        assert await store.get(new_id()) is None
+
+    async def test_a_zero_budget_refuses_the_first_call(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=0))
+
+        assert (await refuse(store, session)).code is Code.BUDGET_EXCEEDED
+
+    async def test_the_rate_limit_holds_within_a_window(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(rate_limit_per_minute=3, call_budget=100))
+        for _ in range(3):
+            await admit(store, session)
+
+        assert (await refuse(store, session)).code is Code.RATE_LIMITED
+        clock.advance(60)
+        assert (await admit(store, session)).rate_window_calls == 1
+
+    async def test_without_a_rate_limit_all_calls_pass(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=100))
+
+        for made in range(10):
+            assert (await admit(store, session)).calls_made == made + 1
+
+    async def test_what_is_handed_out_is_a_snapshot(self, store: SessionStore) -> None:
+        session = await opened(store)
+        first = await admit(store, session)
+
+        await admit(store, session)
+
+        assert (session.calls_made, first.calls_made) == (0, 1)
+
+
+class TestBatch:
+    @pytest.mark.parametrize(
+        ("terms", "tools", "code"),
+        [
+            ({}, ["read_file", "delete_file"], Code.TOOL_NOT_AUTHORIZED),
+            ({"call_budget": 3}, ["read_file"] * 4, Code.BUDGET_EXCEEDED),
+            ({"rate_limit_per_minute": 3}, ["read_file"] * 4, Code.RATE_LIMITED),
+        ],
+    )
+    async def test_a_refused_batch_costs_nothing(
+        self, store: SessionStore, terms: dict[str, Any], tools: list[str], code: Code
+    ) -> None:
+        session = await opened(store, a_grant(**terms))
+
+        assert (await refuse(store, session, *tools)).code is code
+
+        after = await current(store, session)
+        assert (after.calls_made, after.rate_window_calls) == (0, 0)
+
+    async def test_an_empty_batch_succeeds_and_costs_nothing(self, store: SessionStore) -> None:
+        session = await opened(store)
+
+        decision = await store.record(session.session_id, a_batch())
+
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 0
+
+    async def test_a_batch_in_an_elapsed_window_is_still_limited(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(rate_limit_per_minute=2))
+        clock.advance(60)
+
+        assert (await refuse(store, session, *["read_file"] * 50)).code is Code.RATE_LIMITED
+
+
+class TestDryRun:
+    async def test_a_dry_run_answers_but_records_nothing(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=1))
+
+        assert (await admit(store, session, dry_run=True)).calls_made == 1
+
+        assert (await current(store, session)).calls_made == 0
+        await admit(store, session)
+        assert (await refuse(store, session, dry_run=True)).code is Code.BUDGET_EXCEEDED
+
+    async def test_a_dry_run_does_not_use_up_an_idempotency_key(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+        key = IdempotencyKey("proxy", "k")
+        await store.record(session.session_id, a_call(), key, dry_run=True)
+
+        decision = await store.record(session.session_id, a_call("list_dir"), key)
+
+        assert isinstance(decision, Admitted)
+        assert not decision.replayed
+
+    async def test_a_dry_run_of_a_repeated_request_replays(self, store: SessionStore) -> None:
+        session = await opened(store)
+        key = IdempotencyKey("proxy", "k")
+        first = await store.record(session.session_id, a_call(), key)
+
+        again = await store.record(session.session_id, a_call(), key, dry_run=True)
+
+        assert isinstance(first, Admitted)
+        assert again == Admitted(first.session, replayed=True)
+
+
+class TestIdempotency:
+    KEY = IdempotencyKey("proxy", "key-1")
+
+    async def test_a_repeated_call_is_charged_once(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store)
+        first = await store.record(session.session_id, a_call(), self.KEY)
+        await admit(store, session)
+        clock.advance(30)
+
+        again = await store.record(session.session_id, a_call(), self.KEY)
+
+        assert isinstance(first, Admitted)
+        assert again == Admitted(first.session, replayed=True)
+        assert (await current(store, session)).calls_made == 2
+
+    @pytest.mark.parametrize(
+        "other",
+        [a_call("list_dir"), a_call(agent_id=AGENT), a_batch("read_file")],
+    )
+    async def test_another_request_with_the_key_is_a_conflict(
+        self, store: SessionStore, other: Any
+    ) -> None:
+        session = await opened(store)
+        await store.record(session.session_id, a_call(), self.KEY)
+
+        conflict = await store.record(session.session_id, other, self.KEY)
+
+        assert isinstance(conflict, Denied)
+        assert conflict.code is Code.IDEMPOTENCY_CONFLICT
+        assert (await current(store, session)).calls_made == 1
+
+    async def test_a_key_belongs_to_one_caller_and_one_session(
+        self, store: SessionStore
+    ) -> None:
+        session, other = await opened(store), await opened(store)
+        await store.record(session.session_id, a_call(), self.KEY)
+
+        for target, key in ((session, IdempotencyKey("else", "key-1")), (other, self.KEY)):
+            decision = await store.record(target.session_id, a_call("list_dir"), key)
+            assert isinstance(decision, Admitted)
+            assert not decision.replayed
+
+    async def test_keys_that_join_to_the_same_text_are_different(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+        await store.record(session.session_id, a_call(), IdempotencyKey("a:b", "c"))
+
+        decision = await store.record(session.session_id, a_call(), IdempotencyKey("a", "b:c"))
+
+        assert isinstance(decision, Admitted)
+        assert not decision.replayed
+
+    async def test_a_denial_is_not_remembered(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(rate_limit_per_minute=1))
+        await admit(store, session)
+        refused = await store.record(session.session_id, a_call(), self.KEY)
+        clock.advance(60)
+
+        decision = await store.record(session.session_id, a_call(), self.KEY)
+
+        assert isinstance(refused, Denied)
+        assert isinstance(decision, Admitted)
+        assert not decision.replayed
+
+    async def test_a_replay_ends_with_the_session(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        closed, expired = await opened(store), await opened(store)
+        for session in (closed, expired):
+            await store.record(session.session_id, a_call(), self.KEY)
+        await store.close(closed.session_id)
+        assert (await refuse(store, closed, idempotency=self.KEY)).code is Code.SESSION_CLOSED
+
+        clock.advance(3600)
+
+        refused = await store.record(expired.session_id, a_call(), self.KEY)
+        assert isinstance(refused, Denied)
+        assert refused.code is Code.SESSION_EXPIRED
+
+    async def test_a_replay_is_only_for_the_agent_of_the_session(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+        await store.record(session.session_id, a_call(), self.KEY)
+
+        refused = await store.record(session.session_id, a_call(agent_id=OTHER_AGENT), self.KEY)
+
+        assert isinstance(refused, Denied)
+        assert refused.code is Code.AGENT_MISMATCH
+
+    async def test_a_repeated_creation_makes_one_session(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        first = await store.create(new_id(), a_grant(), self.KEY)
+        clock.advance(24 * 3600 - 1)
+
+        again = await store.create(new_id(), a_grant(), self.KEY)
+
+        assert isinstance(first, Admitted)
+        assert again == Admitted(first.session, replayed=True)
+        assert len(await listed(store)) == 1
+
+    async def test_a_creation_is_remembered_after_its_session_is_gone(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        first = await store.create(new_id(), a_grant(time_limit_secs=1), self.KEY)
+        clock.advance(1000)
+        assert await sweep(store) == 1
+
+        again = await store.create(new_id(), a_grant(time_limit_secs=1), self.KEY)
+
+        assert isinstance(first, Admitted)
+        assert again == Admitted(first.session, replayed=True)
+
+    @pytest.mark.parametrize("swept", [True, False])
+    async def test_a_creation_is_forgotten_after_a_day(
+        self, store: SessionStore, clock: ManualClock, swept: bool
+    ) -> None:
+        for _ in range(2):
+            made = await store.create(new_id(), a_grant(), self.KEY)
+            assert isinstance(made, Admitted)
+            assert not made.replayed
+            clock.advance(24 * 3600)
+            if swept:
+                await sweep(store)
+
+    async def test_another_grant_with_the_key_is_a_conflict(self, store: SessionStore) -> None:
+        await store.create(new_id(), a_grant(), self.KEY)
+
+        conflict = await store.create(new_id(), a_grant(call_budget=7), self.KEY)
+
+        assert isinstance(conflict, Denied)
+        assert conflict.code is Code.IDEMPOTENCY_CONFLICT
+        assert len(await listed(store)) == 1
+
+
+class TestAgents:
+    async def test_closing_an_agents_sessions_leaves_others_alone(
+        self, store: SessionStore
+    ) -> None:
+        mine = [await opened(store) for _ in range(3)]
+        other = await opened(store, a_grant(agent_id=OTHER_AGENT))
+
+        assert await store.close_sessions_for_agent(AGENT) == 3
+
+        for session in mine:
+            assert (await current(store, session)).status is SessionStatus.CLOSED
+        assert (await current(store, other)).status is SessionStatus.ACTIVE
+        assert await store.close_sessions_for_agent(AGENT) == 0
+
+    async def test_only_active_sessions_are_counted_and_closed(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        await opened(store, a_grant(time_limit_secs=10))
+        await store.close((await opened(store)).session_id)
+        clock.advance(10)
+        await opened(store, a_grant(call_budget=0))
+
+        assert await store.count_active_for_agent(AGENT) == 1
+        assert await store.count_active_for_agent(OTHER_AGENT) == 0
+        assert await store.close_sessions_for_agent(AGENT) == 1
+
+    async def test_all_active_sessions_are_counted(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        await opened(store, a_grant(time_limit_secs=10))
+        await opened(store, a_grant(agent_id=OTHER_AGENT))
+        await store.close((await opened(store)).session_id)
+        assert await store.count_active() == 2
+
+        clock.advance(10)
+
+        assert await store.count_active() == 1
+
+
+class TestCaps:
+    async def test_the_cap_counts_active_sessions_of_one_agent(
+        self, make_store: MakeStore
+    ) -> None:
+        store = await make_store(max_active_sessions_per_agent=2)
+        first = await opened(store)
+        await opened(store)
+        await opened(store, a_grant(agent_id=OTHER_AGENT))
+
+        refused = await store.create(new_id(), a_grant())
+
+        assert isinstance(refused, Denied)
+        assert refused.code is Code.TOO_MANY_SESSIONS
+        assert (refused.limit, refused.used) == (2, 2)
+        assert len(await listed(store)) == 3
+        await store.close(first.session_id)
+        assert await opened(store)
+
+    async def test_sessions_past_their_deadline_do_not_count_unswept(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(max_active_sessions_per_agent=1)
+        await opened(store, a_grant(time_limit_secs=10))
+
+        clock.advance(10)
+
+        assert await opened(store)
+
+    async def test_a_cap_of_zero_is_a_cap(self, make_store: MakeStore) -> None:
+        store = await make_store(max_active_sessions_per_agent=0)
+
+        assert isinstance(await store.create(new_id(), a_grant()), Denied)
+
+    async def test_a_repeated_creation_is_answered_at_the_cap(
+        self, make_store: MakeStore
+    ) -> None:
+        store = await make_store(max_active_sessions_per_agent=1, max_sessions=1)
+        key = IdempotencyKey("proxy", "k")
+        await store.create(new_id(), a_grant(), key)
+
+        again = await store.create(new_id(), a_grant(), key)
+
+        assert isinstance(again, Admitted)
+        assert again.replayed
+
+    async def test_racing_creations_never_pass_the_cap(self, make_store: MakeStore) -> None:
+        store = await make_store(max_active_sessions_per_agent=5)
+
+        made = await asyncio.gather(*(store.create(new_id(), a_grant()) for _ in range(50)))
+
+        assert sum(isinstance(each, Admitted) for each in made) == 5
+        assert await store.count_active_for_agent(AGENT) == 5
+
+    async def test_a_full_store_takes_no_more_until_sessions_are_removed(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(max_sessions=2, retention_secs=5)
+        await opened(store, a_grant(time_limit_secs=10))
+        await opened(store)
+
+        with pytest.raises(Overloaded):
+            await store.create(new_id(), a_grant())
+
+        assert len(await listed(store)) == 2
+        clock.advance(15)
+        await sweep(store)
+        assert await opened(store)
+
+    async def test_remembered_creations_are_bounded_too(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(max_sessions=2, retention_secs=0)
+        for key in "ab":
+            await store.create(
+                new_id(), a_grant(time_limit_secs=1), IdempotencyKey("proxy", key)
+            )
+        clock.advance(1)
+        await sweep(store)
+
+        with pytest.raises(Overloaded):
+            await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
+        assert await opened(store)
+
+
+class TestSweep:
+    async def test_without_retention_expired_and_closed_sessions_go_at_once(
+        self, make_store: MakeStore
+    ) -> None:
+        store = await make_store(retention_secs=0)
+        expired = await opened(store, a_grant(time_limit_secs=0))
+        closed = await opened(store)
+        alive = await opened(store)
+        await store.close(closed.session_id)
+
+        swept = await store.cleanup_expired(100)
+
+        assert (swept.expired, swept.closed, swept.more) == (1, 1, False)
+        assert await store.get(expired.session_id) is None
+        assert await store.get(closed.session_id) is None
+        assert await store.get(alive.session_id) is not None
+
+    async def test_ended_sessions_answer_as_such_through_their_retention(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(retention_secs=300)
+        expired = await opened(store, a_grant(time_limit_secs=10))
+        closed = await opened(store)
+        clock.advance(10)
+        await store.close(closed.session_id)
+
+        clock.advance(299)
+        assert await sweep(store) == 0
+        assert (await refuse(store, expired)).code is Code.SESSION_EXPIRED
+        assert (await refuse(store, closed)).code is Code.SESSION_CLOSED
+
+        clock.advance(1)
+        assert await sweep(store) == 2
+        assert (await refuse(store, expired)).code is Code.SESSION_NOT_FOUND
+
+    async def test_retention_counts_from_the_deadline_for_a_session_closed_after_it(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(retention_secs=300)
+        session = await opened(store, a_grant(time_limit_secs=10))
+        clock.advance(200)
+        await store.close(session.session_id)
+
+        clock.advance(110)
+
+        assert await sweep(store) == 1
+        clock.advance(1000)
+        assert await sweep(store) == 0
+
+    async def test_a_slice_removes_no_more_than_it_may(self, make_store: MakeStore) -> None:
+        store = await make_store(retention_secs=0)
+        for _ in range(5):
+            await opened(store, a_grant(time_limit_secs=0))
+            await store.close((await opened(store)).session_id)
+
+        slices = [await store.cleanup_expired(3) for _ in range(4)]
+
+        assert [each.expired + each.closed for each in slices] == [3, 3, 3, 1]
+        assert [each.more for each in slices] == [True, True, True, False]
+
+    async def test_a_swept_session_leaves_nothing_to_count_or_list(
+        self, make_store: MakeStore
+    ) -> None:
+        store = await make_store(retention_secs=0, max_active_sessions_per_agent=1)
+        session = await opened(store)
+        await store.record(session.session_id, a_call(), IdempotencyKey("proxy", "k"))
+        await store.close(session.session_id)
+
+        await sweep(store)
+
+        assert await listed(store) == []
+        assert await store.count_active() == 0
+        assert await opened(store)
+
+
+class TestListing:
+    async def test_sessions_come_in_the_order_of_their_deadline(
+        self, store: SessionStore
+    ) -> None:
+        late = await opened(store, a_grant(time_limit_secs=30))
+        soon = await opened(store, a_grant(time_limit_secs=10))
+        between = await opened(store, a_grant(time_limit_secs=20))
+        await store.close(between.session_id)
+
+        assert await listed(store) == [each.session_id for each in (soon, between, late)]
+
+    async def test_sessions_are_filtered_by_agent_and_status_as_of_now(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        expired = await opened(store, a_grant(time_limit_secs=10))
+        closed = await opened(store, a_grant(time_limit_secs=20))
+        active = await opened(store, a_grant(time_limit_secs=30))
+        other = await opened(store, a_grant(time_limit_secs=40, agent_id=OTHER_AGENT))
+        await store.close(closed.session_id)
+        clock.advance(10)
+
+        async def found(agent_id: str | None, status: SessionStatus | None) -> list[str]:
+            return await listed(store, SessionFilter(agent_id, status))
+
+        ids = [each.session_id for each in (expired, closed, active, other)]
+        assert await found(None, None) == ids
+        assert await found(AGENT, None) == ids[:3]
+        assert await found(None, SessionStatus.ACTIVE) == ids[2:]
+        assert await found(AGENT, SessionStatus.ACTIVE) == [ids[2]]
+        assert await found(AGENT, SessionStatus.EXPIRED) == [ids[0]]
+        assert await found(AGENT, SessionStatus.CLOSED) == [ids[1]]
+        assert await found(OTHER_AGENT, SessionStatus.CLOSED) == []
+
+    @pytest.mark.parametrize("agent_id", [None, AGENT])
+    async def test_pages_give_every_session_once_while_others_come_and_go(
+        self, make_store: MakeStore, agent_id: str | None
+    ) -> None:
+        store = await make_store(retention_secs=0)
+        staying = [(await opened(store)).session_id for _ in range(25)]
+        seen: list[str] = []
+        cursor, going = None, True
+        while going:
+            page = await store.list_all(SessionFilter(agent_id), limit=4, cursor=cursor)
+            assert len(page.sessions) <= 4
+            seen += [each.session_id for each in page.sessions]
+            cursor, going = page.next_cursor, page.next_cursor is not None
+            await store.close((await opened(store)).session_id)
+            await opened(store, a_grant(time_limit_secs=0))
+            await sweep(store)
+            await store.close(staying[-1])
+
+        assert len(seen) == len(set(seen))
+        assert set(staying[:-1]) <= set(seen)
+
+    async def test_the_last_page_has_no_cursor(self, store: SessionStore) -> None:
+        await opened(store)
+        await opened(store)
+
+        assert (await store.list_all(EVERYTHING, limit=2)).next_cursor is None
+
+    @pytest.mark.parametrize("cursor", ["", "x", "!!", "MTIz", "é", "LTEu", "MSAuYQ=="])
+    async def test_a_cursor_of_somebody_else_is_refused(
+        self, store: SessionStore, cursor: str
+    ) -> None:
+        with pytest.raises(InvalidCursor):
+            await store.list_all(EVERYTHING, limit=1, cursor=cursor)
+
+
+class TestRaces:
+    async def test_racing_calls_never_overspend(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=50))
+
+        decisions = await asyncio.gather(
+            *(store.record(session.session_id, a_call()) for _ in range(500))
+        )
+
+        made = [each.session.calls_made for each in decisions if isinstance(each, Admitted)]
+        assert sorted(made) == list(range(1, 51))
+        assert (await current(store, session)).calls_made == 50
+
+    async def test_racing_retries_of_one_call_are_charged_once(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+        key = IdempotencyKey("proxy", "k")
+
+        decisions = await asyncio.gather(
+            *(store.record(session.session_id, a_call(), key) for _ in range(50))
+        )
+
+        assert sum(not each.replayed for each in decisions if isinstance(each, Admitted)) == 1
+        assert (await current(store, session)).calls_made == 1
+
+    async def test_racing_closes_close_once(self, store: SessionStore) -> None:
+        session = await opened(store)
+
+        outcomes = await asyncio.gather(*(store.close(session.session_id) for _ in range(10)))
+
+        assert sum(isinstance(each, Session) for each in outcomes) == 1

@@ -1,0 +1,378 @@
+"""A model of the whole contract, written as plainly as possible and run against every store
+through random histories that are biased to the edges: window ends, deadlines, the end of
+the retention, the last unit of a budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
+from app.domain.tools import AllowList
+from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from tests.conftest import STORES
+from tests.support import AGENT, OTHER_AGENT, ManualClock, new_id
+
+T = TypeVar("T")
+
+RETENTION_SECS = 20
+CAP = 3
+DAY_SECS = 24 * 3600
+TIERS = ["public", "internal", "confidential", "restricted"]
+KEYS = [
+    None,
+    None,
+    IdempotencyKey("a", "1"),
+    IdempotencyKey("a", "2"),
+    IdempotencyKey("b", "1"),
+]
+
+tools = st.sampled_from(["read", "write", "fs.read", "rm"])
+allow_lists = st.lists(st.sampled_from(["read", "write", "fs.*", "*"]), max_size=3)
+agents = st.sampled_from([AGENT, OTHER_AGENT])
+tiers = st.none() | st.sampled_from(list(DataSensitivity))
+
+
+@dataclass
+class Model:
+    """One session, as the contract describes it."""
+
+    grant: Grant
+    created: int
+    made: int = 0
+    window_start: int = 0
+    window_calls: int = 0
+    closed: int | None = None
+    replays: dict[IdempotencyKey, tuple[Admission, Session]] = field(default_factory=dict)
+
+    @property
+    def deadline(self) -> int:
+        return self.created + self.grant.time_limit_secs * MICROSECONDS
+
+    @property
+    def window_end(self) -> int:
+        return self.window_start + self.grant.rate_limit_window_secs * MICROSECONDS
+
+    def status(self, now: int) -> str:
+        if self.closed is not None:
+            return "closed"
+        return "active" if now < self.deadline else "expired"
+
+    def ended(self) -> int:
+        return self.deadline if self.closed is None else min(self.closed, self.deadline)
+
+    def allows(self, tool: str) -> bool:
+        entries = self.grant.authorized_tools.entries
+        return tool in entries or "*" in entries or ("fs.*" in entries and tool[:3] == "fs.")
+
+    def refusals(self, asked: Admission, now: int) -> list[str]:
+        """Codes of the rules that fail, the one that names the denial first."""
+        if asked.agent_id not in (None, self.grant.agent_id):
+            return ["agent_mismatch"]
+        if self.status(now) != "active":
+            return [f"session_{self.status(now)}"]
+        n = len(asked.tool_names)
+        if n == 0:
+            return []
+        tier, limit = asked.data_sensitivity, self.grant.rate_limit_per_minute
+        used = self.window_calls if now < self.window_end else 0
+        ceiling = TIERS.index(self.grant.data_sensitivity_ceiling.value)
+        found = []
+        if self.made + n > self.grant.call_budget:
+            found.append("budget_exceeded")
+        if not all(self.allows(tool) for tool in asked.tool_names):
+            found.append("tool_not_authorized")
+        if tier is not None and TIERS.index(tier.value) > ceiling:
+            found.append("sensitivity_exceeded")
+        if limit is not None and used + n > limit:
+            found.append("rate_limited")
+        return found
+
+    def count(self, n: int, now: int) -> None:
+        self.made += n
+        if n and now >= self.window_end:
+            self.window_start, self.window_calls = now, 0
+        self.window_calls += n
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Does to a store and to the model what agents, operators and time would do."""
+
+    make_store: Any
+
+    sessions = Bundle("sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.runner = asyncio.Runner()
+        limits = StoreLimits(
+            retention_secs=RETENTION_SECS, max_sessions=99, max_active_sessions_per_agent=CAP
+        )
+        self.store: SessionStore = type(self).make_store(limits, self.clock)
+        self.models: dict[str, Model] = {}
+        self.creations: dict[IdempotencyKey, tuple[int, Grant, str]] = {}
+
+    def run(self, step: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(step)
+
+    @initialize()
+    def open(self) -> None:
+        self.run(self.store.open())
+
+    def teardown(self) -> None:
+        self.run(self.store.aclose())
+        self.runner.close()
+
+    @rule(
+        target=sessions,
+        entries=allow_lists,
+        agent=agents,
+        limit_secs=st.sampled_from([0, 1, 10, 60, 61, 3600]),
+        budget=st.integers(0, 4),
+        rate=st.none() | st.integers(0, 3),
+        window_secs=st.sampled_from([1, 10, 60]),
+        ceiling=st.sampled_from(list(DataSensitivity)),
+        key=st.sampled_from(KEYS),
+    )
+    def create(
+        self,
+        entries: list[str],
+        agent: str,
+        limit_secs: int,
+        budget: int,
+        rate: int | None,
+        window_secs: int,
+        ceiling: DataSensitivity,
+        key: IdempotencyKey | None,
+    ) -> str:
+        grant = Grant(
+            agent_id=agent,
+            declared_intent="model",
+            authorized_tools=AllowList.of(entries),
+            time_limit_secs=limit_secs,
+            call_budget=budget,
+            rate_limit_per_minute=rate,
+            rate_limit_window_secs=window_secs,
+            data_sensitivity_ceiling=ceiling,
+        )
+        return self._create(grant, key)
+
+    @rule(target=sessions, key=st.sampled_from(KEYS[2:]))
+    def repeat_creation(self, key: IdempotencyKey) -> str:
+        if key not in self.creations:
+            return new_id()
+        return self._create(self.creations[key][1], key)
+
+    def _create(self, grant: Grant, key: IdempotencyKey | None) -> str:
+        now, session_id = self.clock.now, new_id()
+        decision = self.run(self.store.create(session_id, grant, key))
+        known = None if key is None else self.creations.get(key)
+        if known is not None and now < known[0] + DAY_SECS * MICROSECONDS:
+            _, first_grant, first_id = known
+            if first_grant != grant:
+                assert isinstance(decision, Denied)
+                assert decision.code.value == "idempotency_conflict"
+            else:
+                assert isinstance(decision, Admitted)
+                assert decision.replayed
+                assert decision.session.session_id == first_id
+            return first_id
+        if self._active(grant.agent_id) >= CAP:
+            assert isinstance(decision, Denied)
+            assert decision.code.value == "too_many_sessions"
+            return session_id
+        assert isinstance(decision, Admitted)
+        assert not decision.replayed
+        self.models[session_id] = Model(grant, now, window_start=now)
+        if key is not None:
+            self.creations[key] = (now, grant, session_id)
+        return session_id
+
+    @rule(
+        session_id=sessions,
+        names=st.lists(tools, max_size=4),
+        single=st.booleans(),
+        agent=st.none() | agents,
+        tier=tiers,
+        key=st.sampled_from(KEYS),
+        dry_run=st.booleans(),
+    )
+    def record(
+        self,
+        session_id: str,
+        names: list[str],
+        single: bool,
+        agent: str | None,
+        tier: DataSensitivity | None,
+        key: IdempotencyKey | None,
+        dry_run: bool,
+    ) -> None:
+        operation, asked_for = Operation.BATCH, tuple(names)
+        if single:
+            operation, asked_for = Operation.CALL, (*names, "read")[:1]
+        self._record(session_id, Admission(operation, asked_for, agent, tier), key, dry_run)
+
+    @rule(session_id=sessions, key=st.sampled_from(KEYS[2:]))
+    def repeat_record(self, session_id: str, key: IdempotencyKey) -> None:
+        model = self.models.get(session_id)
+        if model is not None and key in model.replays:
+            self._record(session_id, model.replays[key][0], key, dry_run=False)
+
+    @rule(session_id=sessions)
+    def spend_what_is_left(self, session_id: str) -> None:
+        model = self.models.get(session_id)
+        if model is not None:
+            left = model.grant.call_budget - model.made
+            self._record(session_id, Admission(Operation.BATCH, ("read",) * left), None, False)
+
+    def _record(
+        self, session_id: str, asked: Admission, key: IdempotencyKey | None, dry_run: bool
+    ) -> None:
+        now, model = self.clock.now, self.models.get(session_id)
+        decision = self.run(self.store.record(session_id, asked, key, dry_run=dry_run))
+        if model is None:
+            assert isinstance(decision, Denied)
+            assert decision.code.value == "session_not_found"
+            return
+        barred = [code for code in model.refusals(asked, now) if code.split("_")[0] in _BARS]
+        if not barred and key in model.replays:
+            first, answer = model.replays[key]
+            if first == asked:
+                assert decision == Admitted(answer, replayed=True)
+            else:
+                assert isinstance(decision, Denied)
+                assert decision.code.value == "idempotency_conflict"
+            return
+        refusals = model.refusals(asked, now)
+        if refusals:
+            assert isinstance(decision, Denied)
+            assert decision.code.value == refusals[0]
+            listed = [each.code.value for each in decision.violations]
+            assert listed == ([] if barred else refusals)
+            return
+        assert isinstance(decision, Admitted)
+        assert not decision.replayed
+        assert decision.session.calls_made == model.made + len(asked.tool_names)
+        if not dry_run:
+            model.count(len(asked.tool_names), now)
+            if key is not None:
+                model.replays[key] = (asked, decision.session)
+
+    @rule(session_id=sessions)
+    def close(self, session_id: str) -> None:
+        outcome = self.run(self.store.close(session_id))
+        model = self.models.get(session_id)
+        if model is None or model.closed is not None:
+            assert isinstance(outcome, Denied)
+            expected = "session_not_found" if model is None else "session_closed"
+            assert outcome.code.value == expected
+            return
+        assert isinstance(outcome, Session)
+        model.closed = self.clock.now
+
+    @rule(agent=agents)
+    def kill(self, agent: str) -> None:
+        assert self.run(self.store.close_sessions_for_agent(agent)) == self._active(agent)
+        for model in self._of(agent):
+            if model.status(self.clock.now) == "active":
+                model.closed = self.clock.now
+
+    @rule(secs=st.sampled_from([0.000001, 0.5, 1, 9.999999, 10, 20, 60, DAY_SECS]))
+    def wait(self, secs: float) -> None:
+        self.clock.advance(secs)
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), offset=st.sampled_from([-1, 0, 1]))
+    def wait_for_an_edge(self, data: st.DataObject, offset: int) -> None:
+        """Go to just before, at or just after an instant at which something changes."""
+        retention = RETENTION_SECS * MICROSECONDS
+        edges = {
+            edge + offset
+            for model in self.models.values()
+            for edge in (model.deadline, model.window_end, model.ended() + retention)
+        }
+        ahead = sorted(edge for edge in edges if edge > self.clock.now)
+        if ahead:
+            self.clock.now = data.draw(st.sampled_from(ahead))
+
+    @rule(limit=st.sampled_from([1, 2, 100]))
+    def sweep(self, limit: int) -> None:
+        now, more, removed = self.clock.now, True, 0
+        while more:
+            swept = self.run(self.store.cleanup_expired(limit))
+            assert swept.expired + swept.closed <= limit
+            more, removed = swept.more, removed + swept.expired + swept.closed
+        due = [
+            session_id
+            for session_id, model in self.models.items()
+            if model.ended() + RETENTION_SECS * MICROSECONDS <= now
+        ]
+        assert removed == len(due)
+        for session_id in due:
+            del self.models[session_id]
+
+    @rule(session_id=consumes(sessions))
+    def forget_about(self, session_id: str) -> None:
+        """Look at the remaining sessions more often."""
+
+    def _of(self, agent: str) -> list[Model]:
+        return [each for each in self.models.values() if each.grant.agent_id == agent]
+
+    def _active(self, agent: str) -> int:
+        return sum(each.status(self.clock.now) == "active" for each in self._of(agent))
+
+    @invariant()
+    def every_session_reads_as_the_model_says(self) -> None:
+        for session_id, model in self.models.items():
+            session = self.run(self.store.get(session_id))
+            assert session is not None
+            assert session.calls_made == model.made <= model.grant.call_budget
+            assert session.rate_window_start == model.window_start
+            assert session.rate_window_calls == model.window_calls
+            assert session.status.value == model.status(self.clock.now)
+            assert session.expires_at == model.deadline
+
+    @invariant()
+    def counts_and_lists_agree(self) -> None:
+        for agent in (AGENT, OTHER_AGENT):
+            count = self.run(self.store.count_active_for_agent(agent))
+            assert count == self._active(agent)
+            for status in (None, *SessionStatus):
+                page = self.run(self.store.list_all(SessionFilter(agent, status), limit=500))
+                assert {session.session_id for session in page.sessions} == {
+                    session_id
+                    for session_id, model in self.models.items()
+                    if model.grant.agent_id == agent
+                    and status in (None, model.status(self.clock.now))
+                }
+
+
+_BARS = {"agent", "session"}
+
+
+@pytest.mark.parametrize("backend", STORES)
+def test_any_history_leaves_store_and_model_agreeing(backend: str) -> None:
+    class Machine(StoreMachine):
+        make_store = staticmethod(STORES[backend])
+
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None)
+    )
