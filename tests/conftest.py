@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -65,8 +66,14 @@ class Api:
     app: FastAPI
     client: httpx.AsyncClient
 
+    async def post(self, path: str, body: Any) -> httpx.Response:
+        """Post as JSON in ASCII, in which any string can be written, lone surrogates too."""
+        return await self.client.post(
+            path, content=json.dumps(body), headers={"content-type": "application/json"}
+        )
+
     async def create(self, **fields: Any) -> dict[str, Any]:
-        answer = await self.client.post("/sessions", json=session_request(**fields))
+        answer = await self.post("/sessions", session_request(**fields))
         assert answer.status_code == 201, answer.text
         body: dict[str, Any] = answer.json()
         return body
@@ -74,14 +81,10 @@ class Api:
     async def call(
         self, session_id: str, tool: str = "read_file", **more: Any
     ) -> httpx.Response:
-        return await self.client.post(
-            f"/sessions/{session_id}/calls", json={"tool_name": tool} | more
-        )
+        return await self.post(f"/sessions/{session_id}/calls", {"tool_name": tool} | more)
 
     async def batch(self, session_id: str, *tools: str, **more: Any) -> httpx.Response:
-        return await self.client.post(
-            f"/sessions/{session_id}/batch", json={"tool_names": list(tools)} | more
-        )
+        return await self.post(f"/sessions/{session_id}/batch", {"tool_names": tools} | more)
 
     async def calls_made(self, session_id: str) -> int:
         return int((await self.client.get(f"/sessions/{session_id}")).json()["calls_made"])

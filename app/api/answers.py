@@ -54,6 +54,7 @@ def encode_session(session: Session) -> bytes:
 def _encode_fixed(session: Session) -> bytes:
     """What never changes during a session's life, as an object without its last brace."""
     grant = session.grant
+    rate = grant.rate_limit_per_minute
     fields = {
         "session_id": session.session_id,
         "agent_id": grant.agent_id,
@@ -62,13 +63,13 @@ def _encode_fixed(session: Session) -> bytes:
         "authorized_tools": grant.authorized_tools.entries,
         "time_limit_secs": grant.time_limit_secs,
         "call_budget": grant.call_budget,
-        "rate_limit_per_minute": grant.rate_limit_per_minute,
+        **({} if rate is None else {"rate_limit_per_minute": rate}),
         "rate_limit_window_secs": grant.rate_limit_window_secs,
         "data_sensitivity_ceiling": grant.data_sensitivity_ceiling.value,
         "created_at": instant(session.created_at),
         "expires_at": instant(session.expires_at),
     }
-    return to_json(fields, exclude_none=True)[:-1]
+    return to_json(fields)[:-1]
 
 
 def rate_headers(session: Session) -> Headers:

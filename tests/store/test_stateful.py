@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    precondition,
+    multiple,
     rule,
     run_state_machine_as_test,
 )
@@ -28,7 +27,7 @@ from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, Se
 from app.domain.tools import AllowList
 from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import STORES
-from tests.support import AGENT, OTHER_AGENT, ManualClock, new_id
+from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
 
 T = TypeVar("T")
 
@@ -44,10 +43,36 @@ KEYS = [
     IdempotencyKey("b", "1"),
 ]
 
-tools = st.sampled_from(["read", "write", "fs.read", "rm"])
-allow_lists = st.lists(st.sampled_from(["read", "write", "fs.*", "*"]), max_size=3)
+tools = st.sampled_from(["read", "read", "read", "write", "fs.read", "rm"])
+allow_lists = st.sampled_from([[], ["read"], ["read", "write"], ["read", "fs.*"], ["*"]])
 agents = st.sampled_from([AGENT, OTHER_AGENT])
-tiers = st.none() | st.sampled_from(list(DataSensitivity))
+tiers = st.sampled_from([None, None, None, *DataSensitivity])
+
+
+class Ask(NamedTuple):
+    """What an agent asks for, and when."""
+
+    how: str
+    names: list[str]
+    agent: str | None
+    tier: DataSensitivity | None
+    key: IdempotencyKey | None
+    dry_run: bool
+    edge: str | None
+    offset: int
+
+
+asks = st.builds(
+    Ask,
+    how=st.sampled_from(["freely", "one call", "one call", "rest", "one too many", "again"]),
+    names=st.lists(tools, max_size=3),
+    agent=st.sampled_from([None, None, None, AGENT]),
+    tier=tiers,
+    key=st.sampled_from(KEYS),
+    dry_run=st.sampled_from([False, False, True]),
+    edge=st.sampled_from([None] * 8 + ["window_end"] * 3 + ["deadline"]),
+    offset=st.sampled_from([-1, 0]),
+)
 
 
 @dataclass
@@ -75,8 +100,10 @@ class Model:
             return "closed"
         return "active" if now < self.deadline else "expired"
 
-    def ended(self) -> int:
-        return self.deadline if self.closed is None else min(self.closed, self.deadline)
+    @property
+    def removal(self) -> int:
+        ended = self.deadline if self.closed is None else min(self.closed, self.deadline)
+        return ended + RETENTION_SECS * MICROSECONDS
 
     def allows(self, tool: str) -> bool:
         entries = self.grant.authorized_tools.entries
@@ -133,9 +160,13 @@ class StoreMachine(RuleBasedStateMachine):
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(step)
 
-    @initialize()
-    def open(self) -> None:
+    @initialize(target=sessions, rate=st.sampled_from([None, 1, 3]))
+    def open(self, rate: int | None) -> Any:
         self.run(self.store.open())
+        self._record(new_id(), Admission(Operation.CALL, ("read",)), None, dry_run=False)
+        terms = {"call_budget": 9, "rate_limit_per_minute": rate}
+        made = [self._create(a_grant("read", agent_id=AGENT, **terms), None) for _ in range(2)]
+        return multiple(*made)
 
     def teardown(self) -> None:
         self.run(self.store.aclose())
@@ -145,9 +176,9 @@ class StoreMachine(RuleBasedStateMachine):
         target=sessions,
         entries=allow_lists,
         agent=agents,
-        limit_secs=st.sampled_from([0, 1, 10, 60, 61, 3600]),
-        budget=st.integers(0, 4),
-        rate=st.none() | st.integers(0, 3),
+        limit_secs=st.sampled_from([0, 60, 61, 3600, 3600, 3600]),
+        budget=st.sampled_from([0, 1, 3, 9, 9]),
+        rate=st.sampled_from([None, 0, 1, 2, 3]),
         window_secs=st.sampled_from([1, 10, 60]),
         ceiling=st.sampled_from(list(DataSensitivity)),
         key=st.sampled_from(KEYS),
@@ -162,7 +193,7 @@ class StoreMachine(RuleBasedStateMachine):
         window_secs: int,
         ceiling: DataSensitivity,
         key: IdempotencyKey | None,
-    ) -> str:
+    ) -> Any:
         grant = Grant(
             agent_id=agent,
             declared_intent="model",
@@ -176,12 +207,13 @@ class StoreMachine(RuleBasedStateMachine):
         return self._create(grant, key)
 
     @rule(target=sessions, key=st.sampled_from(KEYS[2:]))
-    def repeat_creation(self, key: IdempotencyKey) -> str:
+    def repeat_creation(self, key: IdempotencyKey) -> Any:
         if key not in self.creations:
-            return new_id()
+            return multiple()
         return self._create(self.creations[key][1], key)
 
-    def _create(self, grant: Grant, key: IdempotencyKey | None) -> str:
+    def _create(self, grant: Grant, key: IdempotencyKey | None) -> Any:
+        """Create in both; the id, or nothing for the bundle if there is no new session."""
         now, session_id = self.clock.now, new_id()
         decision = self.run(self.store.create(session_id, grant, key))
         known = None if key is None else self.creations.get(key)
@@ -194,11 +226,11 @@ class StoreMachine(RuleBasedStateMachine):
                 assert isinstance(decision, Admitted)
                 assert decision.replayed
                 assert decision.session.session_id == first_id
-            return first_id
+            return multiple()
         if self._active(grant.agent_id) >= CAP:
             assert isinstance(decision, Denied)
             assert decision.code.value == "too_many_sessions"
-            return session_id
+            return multiple()
         assert isinstance(decision, Admitted)
         assert not decision.replayed
         self.models[session_id] = Model(grant, now, window_start=now)
@@ -206,42 +238,37 @@ class StoreMachine(RuleBasedStateMachine):
             self.creations[key] = (now, grant, session_id)
         return session_id
 
-    @rule(
-        session_id=sessions,
-        names=st.lists(tools, max_size=4),
-        single=st.booleans(),
-        agent=st.none() | agents,
-        tier=tiers,
-        key=st.sampled_from(KEYS),
-        dry_run=st.booleans(),
-    )
-    def record(
-        self,
-        session_id: str,
-        names: list[str],
-        single: bool,
-        agent: str | None,
-        tier: DataSensitivity | None,
-        key: IdempotencyKey | None,
-        dry_run: bool,
-    ) -> None:
-        operation, asked_for = Operation.BATCH, tuple(names)
-        if single:
-            operation, asked_for = Operation.CALL, (*names, "read")[:1]
-        self._record(session_id, Admission(operation, asked_for, agent, tier), key, dry_run)
+    @rule(session_id=sessions, asks=st.lists(asks, min_size=1, max_size=8))
+    def record(self, session_id: str, asks: list[Ask]) -> None:
+        for ask in asks:
+            self._go_to(session_id, ask.edge, ask.offset)
+            asked, key = self._asked(self.models.get(session_id), ask)
+            self._record(session_id, asked, key, ask.dry_run)
 
-    @rule(session_id=sessions, key=st.sampled_from(KEYS[2:]))
-    def repeat_record(self, session_id: str, key: IdempotencyKey) -> None:
-        model = self.models.get(session_id)
-        if model is not None and key in model.replays:
-            self._record(session_id, model.replays[key][0], key, dry_run=False)
+    def _asked(self, model: Model | None, ask: Ask) -> tuple[Admission, IdempotencyKey | None]:
+        if model is None or ask.how == "freely":
+            return Admission(Operation.BATCH, tuple(ask.names), ask.agent, ask.tier), ask.key
+        if ask.how == "one call":
+            return Admission(Operation.CALL, ("read",), ask.agent, ask.tier), ask.key
+        if ask.how == "again" and model.replays:
+            key = next(iter(model.replays))
+            return model.replays[key][0], key
+        n = self._left(model) + (ask.how == "one too many")
+        tool = (*model.grant.authorized_tools.entries, "none")[0].replace("*", "x")
+        return Admission(Operation.BATCH, (tool,) * n), ask.key
 
-    @rule(session_id=sessions)
-    def spend_what_is_left(self, session_id: str) -> None:
+    def _left(self, model: Model) -> int:
+        """How many calls budget and rate allow now."""
+        rate = model.grant.rate_limit_per_minute
+        used = model.window_calls if self.clock.now < model.window_end else 0
+        budget = model.grant.call_budget - model.made
+        return max(0, budget if rate is None else min(budget, rate - used))
+
+    def _go_to(self, session_id: str, edge: str | None, offset: int) -> None:
+        """Just before, at or after an instant at which something changes, if it is ahead."""
         model = self.models.get(session_id)
-        if model is not None:
-            left = model.grant.call_budget - model.made
-            self._record(session_id, Admission(Operation.BATCH, ("read",) * left), None, False)
+        if model is not None and edge is not None:
+            self.clock.now = max(self.clock.now, getattr(model, edge) + offset)
 
     def _record(
         self, session_id: str, asked: Admission, key: IdempotencyKey | None, dry_run: bool
@@ -295,43 +322,27 @@ class StoreMachine(RuleBasedStateMachine):
             if model.status(self.clock.now) == "active":
                 model.closed = self.clock.now
 
-    @rule(secs=st.sampled_from([0.000001, 0.5, 1, 9.999999, 10, 20, 60, DAY_SECS]))
+    @rule(secs=st.sampled_from([0.000001, 0.5, 1, 1, 9.999999, 10, DAY_SECS]))
     def wait(self, secs: float) -> None:
         self.clock.advance(secs)
 
-    @precondition(lambda self: self.models)
-    @rule(data=st.data(), offset=st.sampled_from([-1, 0, 1]))
-    def wait_for_an_edge(self, data: st.DataObject, offset: int) -> None:
-        """Go to just before, at or just after an instant at which something changes."""
-        retention = RETENTION_SECS * MICROSECONDS
-        edges = {
-            edge + offset
-            for model in self.models.values()
-            for edge in (model.deadline, model.window_end, model.ended() + retention)
-        }
-        ahead = sorted(edge for edge in edges if edge > self.clock.now)
-        if ahead:
-            self.clock.now = data.draw(st.sampled_from(ahead))
-
-    @rule(limit=st.sampled_from([1, 2, 100]))
-    def sweep(self, limit: int) -> None:
+    @rule(
+        session_id=sessions,
+        limit=st.sampled_from([1, 2, 100]),
+        edge=st.sampled_from([None, "removal"]),
+        offset=st.sampled_from([-1, 0]),
+    )
+    def sweep(self, session_id: str, limit: int, edge: str | None, offset: int) -> None:
+        self._go_to(session_id, edge, offset)
         now, more, removed = self.clock.now, True, 0
         while more:
             swept = self.run(self.store.cleanup_expired(limit))
             assert swept.expired + swept.closed <= limit
             more, removed = swept.more, removed + swept.expired + swept.closed
-        due = [
-            session_id
-            for session_id, model in self.models.items()
-            if model.ended() + RETENTION_SECS * MICROSECONDS <= now
-        ]
+        due = [session_id for session_id, model in self.models.items() if model.removal <= now]
         assert removed == len(due)
         for session_id in due:
             del self.models[session_id]
-
-    @rule(session_id=consumes(sessions))
-    def forget_about(self, session_id: str) -> None:
-        """Look at the remaining sessions more often."""
 
     def _of(self, agent: str) -> list[Model]:
         return [each for each in self.models.values() if each.grant.agent_id == agent]
@@ -352,6 +363,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_lists_agree(self) -> None:
+        active = self._active(AGENT) + self._active(OTHER_AGENT)
+        assert self.run(self.store.count_active()) == active
         for agent in (AGENT, OTHER_AGENT):
             count = self.run(self.store.count_active_for_agent(agent))
             assert count == self._active(agent)
@@ -374,5 +387,5 @@ def test_any_history_leaves_store_and_model_agreeing(backend: str) -> None:
         make_store = staticmethod(STORES[backend])
 
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None)
+        Machine, settings=settings(max_examples=150, stateful_step_count=25, deadline=None)
     )

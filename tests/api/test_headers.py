@@ -1,0 +1,257 @@
+"""Headers that callers send and get."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Api, MakeApi
+from tests.support import ManualClock, session_request
+
+pytestmark = pytest.mark.anyio
+
+
+class TestRate:
+    async def test_calls_tell_what_is_left(self, api: Api, clock: ManualClock) -> None:
+        session = await api.create(call_budget=100, rate_limit_per_minute=60)
+        clock.advance(48.5)
+
+        answer = await api.batch(session["session_id"], *["read_file"] * 43)
+
+        assert answer.headers["ratelimit-policy"] == '"budget";q=100, "window";q=60;w=60'
+        assert answer.headers["ratelimit"] == '"budget";r=57, "window";r=17;t=12'
+
+    async def test_without_a_rate_limit_there_is_no_window(self, api: Api) -> None:
+        session = await api.create(call_budget=2)
+
+        answer = await api.call(session["session_id"])
+
+        assert answer.headers["ratelimit-policy"] == '"budget";q=2'
+        assert answer.headers["ratelimit"] == '"budget";r=1'
+
+    async def test_an_elapsed_window_is_whole_and_has_no_reset(
+        self, api: Api, clock: ManualClock
+    ) -> None:
+        session = await api.create(call_budget=1, rate_limit_per_minute=5)
+        await api.call(session["session_id"])
+        clock.advance(60)
+
+        refused = await api.call(session["session_id"])
+
+        assert refused.json()["code"] == "budget_exceeded"
+        assert refused.headers["ratelimit"] == '"budget";r=0, "window";r=5'
+
+    @pytest.mark.parametrize(
+        ("terms", "tools", "retry_after", "should_retry", "rated"),
+        [
+            ({"rate_limit_per_minute": 1}, ["read_file"] * 1, "60", "true", True),
+            ({"rate_limit_per_minute": 1}, ["read_file"] * 2, None, "false", True),
+            ({"call_budget": 1}, ["read_file"], None, "false", True),
+            ({"time_limit_secs": 0}, ["read_file"], None, "false", False),
+            ({}, ["rm"], None, "false", False),
+        ],
+    )
+    async def test_a_denial_says_whether_to_retry(
+        self,
+        api: Api,
+        terms: dict[str, int],
+        tools: list[str],
+        retry_after: str | None,
+        should_retry: str,
+        rated: bool,
+    ) -> None:
+        session = await api.create(**terms)
+        await api.call(session["session_id"])
+
+        refused = await api.batch(session["session_id"], *tools)
+
+        assert refused.headers.get("retry-after") == retry_after
+        assert refused.headers["x-should-retry"] == should_retry
+        assert refused.json()["retryable"] is (should_retry == "true")
+        assert ("ratelimit" in refused.headers) is rated
+        expected = None if retry_after is None else int(retry_after)
+        assert refused.json().get("retry_after_secs") == expected
+
+
+class TestPrefer:
+    @pytest.mark.parametrize(
+        "prefer",
+        ["return=minimal", 'Return="minimal"', "wait=5, return=minimal", "return=minimal; x=1"],
+    )
+    async def test_a_caller_may_do_without_the_body(self, api: Api, prefer: str) -> None:
+        session = await api.create()
+
+        answer = await api.client.post(
+            f"/sessions/{session['session_id']}/calls",
+            json={"tool_name": "read_file"},
+            headers={"prefer": prefer},
+        )
+
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert answer.headers["preference-applied"] == "return=minimal"
+        assert answer.headers["ratelimit"] == '"budget";r=999'
+        assert await api.calls_made(session["session_id"]) == 1
+
+    @pytest.mark.parametrize(
+        "prefer",
+        ["return=representation", "respond-async", "", "return=representation, return=minimal"],
+    )
+    async def test_other_preferences_are_ignored(self, api: Api, prefer: str) -> None:
+        session = await api.create()
+
+        answer = await api.client.post(
+            f"/sessions/{session['session_id']}/calls",
+            json={"tool_name": "read_file"},
+            headers={"prefer": prefer},
+        )
+
+        assert answer.status_code == 200
+        assert "preference-applied" not in answer.headers
+
+    async def test_a_denial_keeps_its_body(self, api: Api) -> None:
+        session = await api.create()
+
+        answer = await api.client.post(
+            f"/sessions/{session['session_id']}/calls",
+            json={"tool_name": "rm"},
+            headers={"prefer": "return=minimal"},
+        )
+
+        assert answer.json()["code"] == "tool_not_authorized"
+
+
+class TestRequestId:
+    @pytest.mark.parametrize("sent", ["abc", "A.b_c-9", "x" * 64])
+    async def test_a_request_id_is_echoed(self, api: Api, sent: str) -> None:
+        answer = await api.client.get("/nothing", headers={"x-request-id": sent})
+
+        assert answer.headers["x-request-id"] == sent
+        assert answer.json()["request_id"] == sent
+
+    @pytest.mark.parametrize(
+        "sent", ["", "x" * 65, "a b", "a\x7fb", 'a"b', "é".encode("latin-1")]
+    )
+    async def test_another_one_is_replaced(self, api: Api, sent: str | bytes) -> None:
+        answer = await api.client.get("/livez", headers=[(b"x-request-id", sent)])
+
+        assert answer.status_code == 200
+        assert answer.headers["x-request-id"] not in (sent, "")
+
+    async def test_requests_have_different_ids(self, api: Api) -> None:
+        answers = [await api.client.get("/livez") for _ in range(3)]
+
+        assert len({each.headers["x-request-id"] for each in answers}) == 3
+
+
+async def test_nothing_is_to_be_stored_on_the_way(api: Api) -> None:
+    session = await api.create()
+
+    for answer in (
+        await api.call(session["session_id"]),
+        await api.client.get("/livez"),
+        await api.client.get("/nothing"),
+        await api.client.get("/problems/rate_limited"),
+    ):
+        assert answer.headers["cache-control"] == "no-store"
+
+
+class TestIdempotencyKey:
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("k-1", "k-1"),
+            ("k-1", '"k-1"'),
+            ('"a\\"b\\\\c"', '"a\\"b\\\\c"'),
+            ("x" * 255, "x" * 255),
+        ],
+    )
+    async def test_a_repeated_call_gets_the_first_answer(
+        self, api: Api, clock: ManualClock, first: str, second: str
+    ) -> None:
+        session = await api.create(rate_limit_per_minute=9)
+        url = f"/sessions/{session['session_id']}/calls"
+        call = {"tool_name": "read_file"}
+        answer = await api.client.post(url, json=call, headers={"idempotency-key": first})
+        await api.call(session["session_id"])
+        clock.advance(7)
+
+        again = await api.client.post(
+            url,
+            content=b'{ "tool_name" : "read_file" }',
+            headers={"idempotency-key": second, "content-type": "application/json"},
+        )
+
+        assert (again.status_code, again.content) == (200, answer.content)
+        assert again.headers["ratelimit"] == answer.headers["ratelimit"]
+        assert again.headers["idempotency-replayed"] == "true"
+        assert "idempotency-replayed" not in answer.headers
+        assert await api.calls_made(session["session_id"]) == 2
+
+    async def test_another_request_with_the_key_is_a_conflict(self, api: Api) -> None:
+        session = await api.create()
+        url = f"/sessions/{session['session_id']}"
+        key = {"idempotency-key": "k"}
+        await api.client.post(f"{url}/calls", json={"tool_name": "read_file"}, headers=key)
+
+        for path, body in (
+            ("calls", {"tool_name": "list_dir"}),
+            ("batch", {"tool_names": ["read_file"]}),
+        ):
+            answer = await api.client.post(f"{url}/{path}", json=body, headers=key)
+            assert (answer.status_code, answer.json()["code"]) == (422, "idempotency_conflict")
+        assert await api.calls_made(session["session_id"]) == 1
+
+    async def test_a_repeated_creation_makes_one_session(self, api: Api) -> None:
+        key = {"idempotency-key": "k"}
+        first = await api.client.post("/sessions", json=session_request(), headers=key)
+
+        again = await api.client.post("/sessions", json=session_request(), headers=key)
+        other = await api.client.post(
+            "/sessions", json=session_request(call_budget=1), headers=key
+        )
+
+        assert (again.status_code, again.content) == (201, first.content)
+        assert again.headers["location"] == first.headers["location"]
+        assert again.headers["idempotency-replayed"] == "true"
+        assert other.json()["code"] == "idempotency_conflict"
+        assert len((await api.client.get("/sessions")).json()["items"]) == 1
+
+    @pytest.mark.parametrize(
+        "key", ["", "x" * 256, '"open', '"a"b', '""', "tab\there", b"\xe9"]
+    )
+    async def test_a_key_that_is_none_changes_nothing(self, api: Api, key: str | bytes) -> None:
+        session = await api.create()
+
+        answer = await api.client.post(
+            f"/sessions/{session['session_id']}/calls",
+            json={"tool_name": "read_file"},
+            headers=[(b"idempotency-key", key)],
+        )
+
+        assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
+        assert answer.json()["errors"][0]["field"] == "Idempotency-Key"
+        assert await api.calls_made(session["session_id"]) == 0
+
+    async def test_two_keys_are_refused(self, api: Api) -> None:
+        answer = await api.client.post(
+            "/sessions",
+            json=session_request(),
+            headers=[("idempotency-key", "a"), ("idempotency-key", "b")],
+        )
+
+        assert answer.status_code == 422
+
+    async def test_two_callers_equal_keys_are_two_keys(self, make_api: MakeApi) -> None:
+        from app.api.auth import Scope, new_key
+
+        keys, tokens = zip(*(new_key(name, Scope.PROXY) for name in "ab"), strict=True)
+        api = await make_api(api_keys=keys)
+        made = [
+            await api.client.post(
+                "/sessions",
+                json=session_request(),
+                headers={"idempotency-key": "k", "authorization": f"Bearer {token}"},
+            )
+            for token in tokens
+        ]
+
+        assert made[0].json()["session_id"] != made[1].json()["session_id"]
