@@ -1,0 +1,197 @@
+"""The OpenAPI document: true, and pleasant for a generator."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from openapi_spec_validator import validate
+
+from app import __version__
+from app.api.application import build_application
+from app.api.auth import Authenticator
+from app.api.problem_types import ProblemCode
+from app.observability.events import Events
+from app.observability.metrics import Metrics
+from app.service import SessionService
+from app.store.base import StoreLimits
+from app.store.memory import MemoryStore
+from tests.conftest import Api
+from tests.support import AGENT, new_id, session_request
+
+OPERATIONS = {
+    "createSession",
+    "listSessions",
+    "getSession",
+    "closeSession",
+    "recordCall",
+    "recordBatch",
+    "getAgent",
+    "closeAgentSessions",
+    "livez",
+    "readyz",
+    "healthz",
+    "metrics",
+}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    metrics = Metrics()
+    service = SessionService(
+        MemoryStore(StoreLimits()), Events(metrics, log_admissions=False), 60
+    )
+    app = build_application(service, Authenticator([], allow_unauthenticated=False), metrics)
+    return app.openapi()
+
+
+def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()
+
+
+def schemas_in(node: Any) -> Iterator[dict[str, Any]]:
+    """Every object of the document that is a schema or holds one."""
+    if isinstance(node, dict):
+        yield node
+        for each in node.values():
+            yield from schemas_in(each)
+    elif isinstance(node, list):
+        for each in node:
+            yield from schemas_in(each)
+
+
+def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
+    validate(document)
+
+
+def test_every_operation_has_its_name(document: dict[str, Any]) -> None:
+    assert {each["operationId"] for each in operations(document)} == OPERATIONS
+
+
+def test_every_operation_has_a_tag_and_says_what_it_does(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        assert operation["tags"]
+        assert operation["summary"]
+        assert operation["description"]
+
+
+def test_every_error_is_a_problem_with_an_example(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        for status, response in operation["responses"].items():
+            if int(status) >= 400:
+                assert list(response["content"]) == ["application/problem+json"]
+                content = response["content"]["application/problem+json"]
+                assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+                assert content["examples"]
+
+
+def test_every_response_and_body_is_a_named_schema(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+        for body in bodies:
+            for kind, content in body.get("content", {}).items():
+                assert kind == "text/plain" or list(content["schema"]) == ["$ref"]
+
+
+def test_every_body_has_an_example(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("CreateSession", "RecordCall", "RecordBatch", "Session", "Agent"):
+        assert schemas[name]["examples"]
+
+
+def test_nothing_is_null_and_no_integer_is_unbounded(document: dict[str, Any]) -> None:
+    for schema in schemas_in(document):
+        assert schema.get("type") != "null"
+        assert "anyOf" not in schema
+        if schema.get("type") == "integer":
+            assert schema["format"] == "int32"
+            for bound in ("minimum", "maximum"):
+                assert isinstance(schema.get(bound, 0), int)
+
+
+def test_generated_leftovers_are_gone(document: dict[str, Any]) -> None:
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    assert "ValidationError" not in document["components"]["schemas"]
+
+
+def test_the_codes_are_all_there(document: dict[str, Any]) -> None:
+    codes = document["components"]["schemas"]["ProblemCode"]["enum"]
+    assert codes == [code.value for code in ProblemCode]
+
+
+def test_what_needs_a_key_says_so(document: dict[str, Any]) -> None:
+    open_to_all = {
+        each["operationId"] for each in operations(document) if "security" not in each
+    }
+    assert open_to_all == {"livez", "readyz", "healthz"}
+
+
+def test_a_created_session_links_to_what_can_be_done_with_it(document: dict[str, Any]) -> None:
+    created = document["paths"]["/sessions"]["post"]["responses"]["201"]
+    assert {"recordCall", "recordBatch", "getSession", "closeSession"} == set(created["links"])
+    assert "Location" in created["headers"]
+
+
+def test_headers_of_requests_are_described(document: dict[str, Any]) -> None:
+    call = document["paths"]["/sessions/{session_id}/calls"]["post"]
+    names = {parameter["name"] for parameter in call["parameters"]}
+    assert names == {"session_id", "dry_run", "Idempotency-Key", "Prefer"}
+
+
+def resolver_schema(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+
+
+@pytest.mark.anyio
+async def test_real_answers_are_what_the_document_says(
+    api: Api, document: dict[str, Any]
+) -> None:
+    session = await api.create(rate_limit_per_minute=1)
+    session_id = session["session_id"]
+    answers: list[tuple[httpx.Response, str, str]] = [
+        (await api.client.get(f"/sessions/{session_id}"), "/sessions/{session_id}", "get"),
+        (await api.call(session_id), "/sessions/{session_id}/calls", "post"),
+        (await api.call(session_id), "/sessions/{session_id}/calls", "post"),
+        (await api.batch(session_id, "rm"), "/sessions/{session_id}/batch", "post"),
+        (await api.call(new_id()), "/sessions/{session_id}/calls", "post"),
+        (await api.client.post("/sessions", json={}), "/sessions", "post"),
+        (await api.client.post("/sessions", json=session_request()), "/sessions", "post"),
+        (await api.client.get("/sessions?limit=1"), "/sessions", "get"),
+        (await api.client.get(f"/agents/{AGENT}"), "/agents/{agent_id}", "get"),
+        (await api.client.get("/livez"), "/livez", "get"),
+        (
+            await api.client.delete(f"/agents/{AGENT}/sessions"),
+            "/agents/{agent_id}/sessions",
+            "delete",
+        ),
+        (
+            await api.client.delete(f"/sessions/{session_id}"),
+            "/sessions/{session_id}",
+            "delete",
+        ),
+    ]
+
+    for answer, path, method in answers:
+        described = document["paths"][path][method]["responses"][str(answer.status_code)]
+        (media_type, content) = next(iter(described["content"].items()))
+        assert answer.headers["content-type"] == media_type
+        schema = {**content["schema"], "components": document["components"]}
+        jsonschema.validate(answer.json(), schema)
+        name = content["schema"]["$ref"].rpartition("/")[2]
+        known = document["components"]["schemas"][name]["properties"]
+        assert answer.json().keys() <= known.keys(), (path, answer.json())
+
+
+def test_the_document_is_printed_by_a_command(document: dict[str, Any]) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "app", "openapi"], capture_output=True, check=True, text=True
+    ).stdout
+
+    assert f'"version": "{__version__}"' in printed
+    assert '"operationId": "createSession"' in printed

@@ -1,0 +1,123 @@
+"""Logs: one line an event, nothing secret, nothing forged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from app.observability.logs import configure_logs, get_logger
+from tests.conftest import MakeApi
+from tests.support import AGENT, session_request
+
+pytestmark = pytest.mark.anyio
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    ours = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return [each for each in ours if not each["event"].startswith("HTTP Request")]
+
+
+async def test_the_life_of_a_session_is_told_at_info(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    api = await make_api()
+    session_id = (await api.create())["session_id"]
+    await api.call(session_id)
+    await api.call(session_id, "rm")
+    await api.client.delete(f"/sessions/{session_id}")
+    await api.client.delete(f"/agents/{AGENT}/sessions")
+
+    told = lines(capsys)
+
+    assert [each["event"] for each in told] == [
+        "starting",
+        "session created",
+        "calls denied",
+        "session closed",
+        "agent closed",
+    ]
+    assert told[0]["address"] == "http://127.0.0.1:8000"
+    assert (told[0]["store"], told[0]["authentication"]) == ("memory://", "off")
+    assert told[2]["reason"] == "tool_not_authorized"
+    assert {each["level"] for each in told} == {"info"}
+
+
+async def test_admitted_calls_are_told_at_debug_only(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    api = await make_api(log_level="debug")
+    await api.call((await api.create())["session_id"])
+
+    told = [each for each in lines(capsys) if each["event"] == "calls admitted"]
+
+    assert [each["level"] for each in told] == ["debug"]
+    assert told[0]["tool_names"] == ["read_file"]
+
+
+async def test_no_log_holds_a_whole_session_id(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    api = await make_api(log_level="debug")
+    session_id = (await api.create())["session_id"]
+    await api.call(session_id)
+    await api.call(session_id, "rm")
+    await api.client.delete(f"/sessions/{session_id}")
+
+    told = [line for line in capsys.readouterr().err.splitlines() if "HTTP Request" not in line]
+
+    assert any(session_id[:8] in line for line in told)
+    assert not any(session_id in line for line in told)
+
+
+async def test_what_clients_send_cannot_forge_a_line(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    api = await make_api(log_level="debug")
+    before = len(lines(capsys))
+    forged = 'x\n{"event": "forged"}\r\x1b[31m'
+    await api.post("/sessions", session_request(declared_intent=forged, agent_id=forged))
+    session_id = (await api.create(declared_intent=forged))["session_id"]
+    await api.call(session_id, forged)
+    await api.client.get("/x", headers=[(b"x-request-id", forged.encode())])
+
+    told = lines(capsys)
+
+    assert before >= 0
+    assert all(each["event"] != "forged" for each in told)
+
+
+def test_a_terminal_gets_control_characters_escaped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logs("console", "info")
+
+    get_logger().info("event", intent="a\nb\x1b[31mc")
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "\\n" in line
+    assert "\x1b[31mc" not in line
+
+
+def test_records_of_libraries_have_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "info")
+
+    logging.getLogger("some.library").warning("hello %s", "you")
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "hello you"
+    assert json.loads(line)["level"] == "warning"
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_level_is_kept(capsys: pytest.CaptureFixture[str], level: str) -> None:
+    configure_logs("json", level)  # type: ignore[arg-type]
+
+    for each in ("debug", "info", "warning", "error"):
+        getattr(get_logger(), each)(each)
+
+    told = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    order = ["debug", "info", "warning", "error"]
+    assert told == order[order.index(level) :]

@@ -1,0 +1,183 @@
+"""Configuration, and the sentences that say what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.settings import BadSettings, Settings, load_settings, redact_url
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of the machine, and no .env but the test's own."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("ARBITER_"):
+            monkeypatch.delenv(name)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings) as refusal:
+        load_settings().check_bind()
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    chosen = load_settings()
+
+    assert (chosen.host, chosen.port, chosen.store_url) == ("127.0.0.1", 8000, "memory://")
+    assert (chosen.cleanup_interval_secs, chosen.retention_secs) == (60, 300)
+    assert (chosen.max_time_limit_secs, chosen.max_sessions) == (604_800, 1_000_000)
+    assert chosen.max_active_sessions_per_agent is None
+    assert (chosen.api_keys, chosen.allow_unauthenticated, chosen.workers) == ((), False, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ARBITER_PORTT": "1"}, "unknown setting ARBITER_PORTT"),
+        ({"ARBITER_port": "1"}, "unknown setting ARBITER_port"),
+        ({"ARBITER_API_KEY": "a"}, "unknown setting ARBITER_API_KEY"),
+        ({"ARBITER_PORT": "http"}, "ARBITER_PORT: "),
+        ({"ARBITER_PORT": "70000"}, "ARBITER_PORT: "),
+        ({"ARBITER_PORT": ""}, "ARBITER_PORT: "),
+        ({"ARBITER_RETENTION_SECS": "-1"}, "ARBITER_RETENTION_SECS: "),
+        ({"ARBITER_CLEANUP_INTERVAL_SECS": "0"}, "ARBITER_CLEANUP_INTERVAL_SECS: "),
+        ({"ARBITER_CLEANUP_INTERVAL_SECS": "nan"}, "ARBITER_CLEANUP_INTERVAL_SECS: "),
+        ({"ARBITER_ALLOW_UNAUTHENTICATED": "maybe"}, "ARBITER_ALLOW_UNAUTHENTICATED: "),
+        ({"ARBITER_LOG_LEVEL": "loud"}, "ARBITER_LOG_LEVEL: "),
+        ({"ARBITER_STORE_URL": "mongo://x"}, "use one of: memory://"),
+        ({"ARBITER_API_KEYS": "gate:proxy:nope"}, "ARBITER_API_KEYS: "),
+        ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{DIGEST}"}, "same name"),
+        ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},"}, "ARBITER_API_KEYS: "),
+        ({"ARBITER_WORKERS": "2"}, "ARBITER_WORKERS must be 1 with the memory store"),
+        ({"ARBITER_HOST": "0.0.0.0"}, "refusing to listen on 0.0.0.0"),
+        ({"ARBITER_HOST": "::"}, "refusing to listen on ::"),
+        ({"ARBITER_HOST": "example.org", "ARBITER_API_KEYS": ""}, "refusing to listen on"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    assert says in refused(monkeypatch, **variables)
+
+
+def test_a_wrong_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DIGEST not in refused(monkeypatch, ARBITER_API_KEYS=f"a:boss:{DIGEST}")
+
+
+def test_an_explicit_zero_is_not_taken_for_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT", "0")
+    monkeypatch.setenv("ARBITER_RETENTION_SECS", "0")
+
+    chosen = load_settings()
+
+    assert (chosen.max_active_sessions_per_agent, chosen.retention_secs) == (0, 0)
+
+
+def test_with_keys_every_address_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARBITER_HOST", "0.0.0.0")
+    monkeypatch.setenv("ARBITER_API_KEYS", f"gate:proxy:{DIGEST}, ops:operate:{DIGEST}")
+
+    chosen = load_settings()
+
+    chosen.check_bind()
+    assert [key.name for key in chosen.api_keys] == ["gate", "ops"]
+
+
+def test_settings_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("ARBITER_PORT=9000\nOTHER=1\n")
+    assert load_settings().port == 9000
+
+    (tmp_path / ".env").write_text("ARBITER_PROT=9000\n")
+    assert "ARBITER_PROT" in refused(monkeypatch)
+
+
+def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARBITER_API_KEYS", f"gate:proxy:{DIGEST}")
+
+    printed = load_settings().printable()
+
+    assert printed["ARBITER_API_KEYS"] == "gate:proxy:***"
+    assert DIGEST not in str(printed)
+    assert DIGEST not in repr(load_settings())
+
+
+@pytest.mark.parametrize(
+    ("url", "printed"),
+    [
+        ("memory://", "memory://"),
+        ("redis://u:pw@host:1/0", "redis://u:***@host:1/0"),
+        ("redis://:pw@host", "redis://:***@host"),
+    ],
+)
+def test_passwords_in_urls_are_not_printed(url: str, printed: str) -> None:
+    assert redact_url(url) == printed
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)} | variables,
+        timeout=60,
+    )
+
+
+class TestCommands:
+    def test_a_bad_setting_ends_the_command_with_2(self) -> None:
+        for command in ("serve", "config"):
+            ended = run(command, ARBITER_PORT="x")
+            assert ended.returncode == 2
+            assert ended.stderr.startswith("arbiter: ARBITER_PORT: ")
+            assert ended.stderr.count("\n") == 1
+
+    def test_uvicorn_says_the_same(self) -> None:
+        root = Path(__file__).parent.parent
+        ended = subprocess.run(
+            [sys.executable, "-m", "uvicorn", "app.main:app"],
+            capture_output=True,
+            check=False,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(root), "ARBITER_PORT": "x"},
+            timeout=60,
+        )
+
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("arbiter: ARBITER_PORT: ")
+
+    def test_config_prints_every_setting_redacted(self) -> None:
+        printed = run("config", ARBITER_API_KEYS=f"gate:proxy:{DIGEST}").stdout
+
+        assert "ARBITER_PORT=8000\n" in printed
+        assert "ARBITER_API_KEYS=gate:proxy:***\n" in printed
+
+    def test_a_new_key_can_be_configured(self) -> None:
+        made = run("keys", "new", "--name", "gate", "--scope", "proxy").stdout.splitlines()
+
+        assert made[3].startswith("Bearer gate.")
+        assert run("config", ARBITER_API_KEYS=made[1]).returncode == 0
+
+    def test_a_name_that_a_key_cannot_have_is_refused(self) -> None:
+        ended = run("keys", "new", "--name", "a b", "--scope", "proxy")
+
+        assert ended.returncode == 2
+        assert "1 to 64" in ended.stderr
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings(_env_file=None).port = 1

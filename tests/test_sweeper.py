@@ -1,0 +1,108 @@
+"""The task that removes ended sessions, without waiting for anything."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import tracemalloc
+
+import pytest
+
+from app.observability.events import Events
+from app.observability.logs import configure_logs
+from app.observability.metrics import Metrics
+from app.store.base import StoreLimits, Swept
+from app.store.memory import MemoryStore
+from app.sweeper import SLICE_SESSIONS, Sweeper
+from tests.conftest import MakeStore
+from tests.support import ManualClock, a_grant, new_id, opened
+
+pytestmark = pytest.mark.anyio
+
+
+class Nights:
+    """Sleeps that take no time; `after` them the sweeper is cancelled."""
+
+    def __init__(self, after: int) -> None:
+        self.asked: list[float] = []
+        self._after = after
+
+    async def __call__(self, secs: float) -> None:
+        if secs:
+            self.asked.append(secs)
+            if len(self.asked) > self._after:
+                raise asyncio.CancelledError
+
+
+async def test_a_sweep_removes_all_that_is_due_in_slices(make_store: MakeStore) -> None:
+    store = await make_store(retention_secs=0)
+    due = 2 * SLICE_SESSIONS + 1
+    for _ in range(due):
+        await opened(store, a_grant(time_limit_secs=0))
+    alive = await opened(store)
+    metrics, nights = Metrics(), Nights(0)
+    yields = 0
+
+    async def count(secs: float) -> None:
+        nonlocal yields
+        yields += secs == 0
+
+    sweeper = Sweeper(store, Events(metrics, log_admissions=False), 60, count)
+
+    assert await sweeper.sweep() == due
+    assert yields >= 3
+    assert metrics.ended["expired"] == due
+    assert sum(metrics.sweeps.counts) == 1
+    assert await store.get(alive.session_id) is not None
+    assert nights.asked == []
+
+
+async def test_sweeps_come_at_their_interval_even_after_one_failed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logs("json", "info")
+
+    class Flaky(MemoryStore):
+        sweeps = 0
+
+        async def cleanup_expired(self, limit: int) -> Swept:
+            self.sweeps += 1
+            if self.sweeps == 1:
+                raise RuntimeError("disk on fire")
+            return await super().cleanup_expired(limit)
+
+    store, nights = Flaky(StoreLimits()), Nights(3)
+    sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60, nights)
+
+    with pytest.raises(asyncio.CancelledError):
+        await sweeper.run()
+
+    assert nights.asked == [60, 60, 60, 60]
+    assert store.sweeps == 3
+    assert "disk on fire" in capsys.readouterr().err
+
+
+async def test_sessions_that_come_and_go_leave_no_memory_behind(
+    make_store: MakeStore, clock: ManualClock
+) -> None:
+    store = await make_store(retention_secs=0)
+    sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60)
+
+    async def generation(sessions: int) -> None:
+        for number in range(sessions):
+            session = await store.create(new_id(), a_grant(time_limit_secs=10))
+            if number % 2:
+                await store.close(session.session.session_id)  # type: ignore[union-attr]
+        clock.advance(10)
+        assert await sweeper.sweep() == sessions
+
+    await generation(5_000)
+    gc.collect()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    await generation(5_000)
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert after - before < 20_000
