@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ GRACE_SECS = 20
 that has sent half a body would keep the process for good."""
 
 KEEP_ALIVE_SECS = 75
+BACKLOG = 2048
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,10 +61,21 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(_: argparse.Namespace) -> int:
     settings = load_settings()
     settings.check_bind()
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listening = socket.create_server(
+            (settings.host, settings.port), family=family, backlog=BACKLOG
+        )
+    except OSError as error:
+        address = f"{settings.host}, port {settings.port}"
+        # Python adds the address to the reason, in brackets.
+        reason = str(error.strerror).partition(" (")[0]
+        print(f"arbiter: cannot listen on {address}: {reason}", file=sys.stderr)
+        return 1
+    # Port 0 asks the system for a free one, and the first line of the log says which.
+    settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     config = uvicorn.Config(
         create_app(settings),
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -69,8 +83,10 @@ def _serve(_: argparse.Namespace) -> int:
         timeout_graceful_shutdown=GRACE_SECS,
     )
     server = uvicorn.Server(config)
+    # uvicorn stops in order and then raises the signal again: being told to stop is success.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        server.run()
+        server.run(sockets=[listening])
     except KeyboardInterrupt:
         return 0
     return 0 if server.started else 1

@@ -96,9 +96,9 @@ async def test_sessions_that_come_and_go_leave_no_memory_behind(
         clock.advance(10)
         assert await sweeper.sweep() == sessions
 
+    tracemalloc.start()
     await generation(5_000)
     gc.collect()
-    tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     await generation(5_000)
     gc.collect()

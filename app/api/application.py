@@ -103,5 +103,5 @@ def _allowed_methods(scope: Scope) -> list[str]:
     for router in _ROUTERS:
         for route in router.routes:
             if isinstance(route, APIRoute) and route.matches(scope)[0] is not Match.NONE:
-                methods |= route.methods
+                methods |= route.methods or set()
     return sorted(methods)

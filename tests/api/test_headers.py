@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from app.api.auth import Scope, new_key
 from tests.conftest import Api, MakeApi
 from tests.support import ManualClock, session_request
 
@@ -241,8 +242,6 @@ class TestIdempotencyKey:
         assert answer.status_code == 422
 
     async def test_two_callers_equal_keys_are_two_keys(self, make_api: MakeApi) -> None:
-        from app.api.auth import Scope, new_key
-
         keys, tokens = zip(*(new_key(name, Scope.PROXY) for name in "ab"), strict=True)
         api = await make_api(api_keys=keys)
         made = [

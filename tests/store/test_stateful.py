@@ -341,8 +341,8 @@ class StoreMachine(RuleBasedStateMachine):
             more, removed = swept.more, removed + swept.expired + swept.closed
         due = [session_id for session_id, model in self.models.items() if model.removal <= now]
         assert removed == len(due)
-        for session_id in due:
-            del self.models[session_id]
+        for gone in due:
+            del self.models[gone]
 
     def _of(self, agent: str) -> list[Model]:
         return [each for each in self.models.values() if each.grant.agent_id == agent]

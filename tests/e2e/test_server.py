@@ -1,0 +1,92 @@
+"""The service as a process: starting, racing, stopping, and standing idle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ROOT, Service, StartService
+from tests.support import session_request
+
+pytestmark = pytest.mark.anyio
+
+
+def cpu_secs(service: Service) -> float:
+    """Processor time that the process has used."""
+    fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_first_line_says_what_was_started(start_service: StartService) -> None:
+    service = start_service()
+
+    first = json.loads(service.log[0])
+
+    assert first["event"] == "starting"
+    assert (first["address"], first["store"]) == (service.url, "memory://")
+    assert first["authentication"] == "off"
+
+
+def test_it_starts_and_stops_cleanly(start_service: StartService) -> None:
+    service = start_service()
+    httpx.post(f"{service.url}/sessions", json=session_request()).raise_for_status()
+
+    assert service.stop() == 0
+    service.process.wait()
+
+
+def test_a_port_that_is_taken_is_one_sentence(start_service: StartService) -> None:
+    service = start_service()
+
+    second = subprocess.run(
+        [sys.executable, "-m", "app"],
+        cwd=ROOT,
+        env=os.environ | {"ARBITER_PORT": service.url.rpartition(":")[2]},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+
+    assert second.returncode == 1
+    assert second.stderr.startswith("arbiter: cannot listen on 127.0.0.1, port ")
+    assert second.stderr.endswith("Address already in use\n")
+
+
+async def test_500_racing_calls_on_a_budget_of_50_admit_exactly_50(
+    start_service: StartService,
+) -> None:
+    service = start_service()
+    limits = httpx.Limits(max_connections=50)
+    async with httpx.AsyncClient(base_url=service.url, limits=limits, timeout=30) as client:
+        created = await client.post("/sessions", json=session_request(call_budget=50))
+        session_id = created.json()["session_id"]
+
+        async def call() -> httpx.Response:
+            return await client.post(
+                f"/sessions/{session_id}/calls", json={"tool_name": "read_file"}
+            )
+
+        answers = await asyncio.gather(*(call() for _ in range(500)))
+
+    made = [answer.json()["calls_made"] for answer in answers if answer.status_code == 200]
+    assert sorted(made) == list(range(1, 51))
+    assert sum(answer.status_code == 429 for answer in answers) == 450
+
+
+def test_an_idle_service_uses_no_processor(start_service: StartService) -> None:
+    service = start_service()
+    before = cpu_secs(service)
+
+    # Not to let time pass for the service: to have some in which it could use the processor.
+    with pytest.raises(subprocess.TimeoutExpired):
+        service.process.wait(timeout=2)
+
+    assert cpu_secs(service) - before <= 0.05
