@@ -25,7 +25,11 @@ def settled(text: str) -> list[str]:
 def test_the_tour_prints_what_it_shows(start_service: StartService) -> None:
     service = start_service()
     shown = "".join(
-        re.findall(r"^```console\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+        re.findall(
+            r"^```console\n(.*?)^```$",
+            (ROOT / "README.md").read_text(),
+            re.MULTILINE | re.DOTALL,
+        )
     )
     commands = re.findall(r"^\$ (.*)$", shown, re.MULTILINE)
     script = "\n".join(f"echo '$' {number}\n{each}" for number, each in enumerate(commands))
