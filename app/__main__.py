@@ -13,7 +13,7 @@ import uvicorn
 
 from app import __version__
 from app.api.auth import Scope, new_key
-from app.main import create_app
+from app.main import create_app, create_framework
 from app.settings import BadSettings, Settings, load_settings
 
 GRACE_SECS = 20
@@ -99,7 +99,7 @@ def _config(_: argparse.Namespace) -> int:
 
 
 def _openapi(_: argparse.Namespace) -> int:
-    print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
+    print(json.dumps(create_framework(Settings.model_construct()).openapi(), indent=2))
     return 0
 
 

@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     max_time_limit_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 604_800
     max_active_sessions_per_agent: Annotated[int, Field(ge=0)] | None = None
     max_sessions: Annotated[int, Field(ge=1)] = 1_000_000
+    fast_lane: bool = True
     log_level: LogLevel = "info"
     log_format: LogFormat = Field(
         default_factory=lambda: "console" if sys.stderr.isatty() else "json"

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
-from app.main import create_app
+from app.api.fast_lane import FastLane
+from app.main import create_framework
 from app.settings import Settings
 from app.store.base import SessionStore, StoreLimits
 from app.store.memory import Clock, MemoryStore
@@ -23,7 +23,7 @@ STORES: dict[str, Callable[[StoreLimits, Clock], SessionStore]] = {
 }
 """How each backend is made for a test. A new backend is one more line."""
 
-LANES = ("framework",)
+LANES = {"framework": False, "fast": True}
 
 MakeStore = Callable[..., Awaitable[SessionStore]]
 
@@ -63,7 +63,6 @@ async def store(make_store: MakeStore) -> SessionStore:
 class Api:
     """A running application, and a client of it."""
 
-    app: FastAPI
     client: httpx.AsyncClient
 
     async def post(self, path: str, body: Any) -> httpx.Response:
@@ -101,18 +100,20 @@ async def make_api(
     async with AsyncExitStack() as stack:
 
         async def make(*, store: SessionStore | None = None, **settings: Any) -> Api:
-            chosen = Settings(_env_file=None, log_format="json", **settings)
+            lane = {"fast_lane": LANES[request.param], "log_format": "json"}
+            chosen = Settings(_env_file=None, **(lane | settings))
             limits = StoreLimits(
                 chosen.retention_secs,
                 chosen.max_sessions,
                 chosen.max_active_sessions_per_agent,
             )
-            app = create_app(chosen, store or MemoryStore(limits, clock))
-            await stack.enter_async_context(app.router.lifespan_context(app))
+            framework = create_framework(chosen, store or MemoryStore(limits, clock))
+            await stack.enter_async_context(framework.router.lifespan_context(framework))
+            app = FastLane(framework) if chosen.fast_lane else framework
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
             await stack.enter_async_context(client)
-            return Api(app, client)
+            return Api(client)
 
         yield make
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import NamedTuple
 
 from pydantic_core import to_json
 
 from app.domain.admission import Admitted, DenialCode, Denied
-from app.domain.session import MICROSECONDS, Session
+from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.base import Page
 
 Headers = list[tuple[bytes, bytes]]
@@ -29,30 +31,41 @@ class Answer(NamedTuple):
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def instant(microseconds: int) -> str:
-    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
+@lru_cache(maxsize=4096)
+def instant(microseconds: int) -> bytes:
+    """An instant as RFC 3339, section 5.6, in UTC with six decimals. Kept for a while, since
+    the start of a rate window is told with every call in it."""
     moment = _EPOCH + timedelta(microseconds=microseconds)
-    return moment.isoformat(timespec="microseconds")[:-6] + "Z"
+    return moment.isoformat(timespec="microseconds")[:-6].encode() + b"Z"
 
 
-def encode_session(session: Session) -> bytes:
-    """The JSON of a session. What can change during its life comes last."""
-    window_start = instant(session.rate_window_start)
-    status = session.status
-    return b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",' % (
-        _encode_fixed(session),
-        session.calls_made,
-        session.calls_remaining,
-        window_start.encode(),
-    ) + b'"rate_window_calls":%d,"status":"%b","is_active":%b}' % (
-        session.rate_window_calls,
-        status.encode(),
-        b"true" if session.is_active else b"false",
-    )
+class _Fixed(NamedTuple):
+    """What is said of a session again and again and never changes."""
+
+    body: bytes
+    """The first fields of its JSON, without the last brace."""
+    policy: bytes
+    """Its `RateLimit-Policy`."""
+
+
+FIXED_PARTS = 16_384
+"""Sessions whose fixed part is kept, about 600 bytes each."""
+
+_fixed_parts: OrderedDict[str, _Fixed] = OrderedDict()
+
+
+def _fixed(session: Session) -> _Fixed:
+    """Encoded once and kept while the session is among the latest; ids are never reused."""
+    known = _fixed_parts.get(session.session_id)
+    if known is None:
+        known = _Fixed(_encode_fixed(session), _policy(session.grant))
+        _fixed_parts[session.session_id] = known
+        if len(_fixed_parts) > FIXED_PARTS:
+            _fixed_parts.popitem(last=False)
+    return known
 
 
 def _encode_fixed(session: Session) -> bytes:
-    """What never changes during a session's life, as an object without its last brace."""
     grant = session.grant
     rate = grant.rate_limit_per_minute
     fields = {
@@ -66,10 +79,38 @@ def _encode_fixed(session: Session) -> bytes:
         **({} if rate is None else {"rate_limit_per_minute": rate}),
         "rate_limit_window_secs": grant.rate_limit_window_secs,
         "data_sensitivity_ceiling": grant.data_sensitivity_ceiling.value,
-        "created_at": instant(session.created_at),
-        "expires_at": instant(session.expires_at),
     }
-    return to_json(fields)[:-1]
+    return b'%b,"created_at":"%b","expires_at":"%b"' % (
+        to_json(fields)[:-1],
+        instant(session.created_at),
+        instant(session.expires_at),
+    )
+
+
+def _policy(grant: Grant) -> bytes:
+    policy = b'"budget";q=%d' % grant.call_budget
+    limit = grant.rate_limit_per_minute
+    if limit is not None:
+        policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
+    return policy
+
+
+def encode_session(session: Session) -> bytes:
+    """The JSON of a session. What can change during its life comes last."""
+    status = session.status
+    remaining = session.calls_remaining
+    return (
+        b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
+        b'"rate_window_calls":%d,"status":"%b","is_active":%b}'
+    ) % (
+        _fixed(session).body,
+        session.calls_made,
+        remaining,
+        instant(session.rate_window_start),
+        session.rate_window_calls,
+        status.encode(),
+        b"true" if remaining > 0 and status is SessionStatus.ACTIVE else b"false",
+    )
 
 
 def rate_headers(session: Session) -> Headers:
@@ -78,17 +119,16 @@ def rate_headers(session: Session) -> Headers:
     The budget never refills, so that it has neither a window nor a reset. A window that
     has elapsed is whole again and has no reset either.
     """
-    grant = session.grant
-    policy = b'"budget";q=%d' % grant.call_budget
-    state = b'"budget";r=%d' % session.calls_remaining
-    limit = grant.rate_limit_per_minute
-    if limit is not None:
-        policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
-        state += b', "window";r=%d' % (limit - session.window_calls_used)
-        reset = -(-(session.window_ends_at - session.as_of) // MICROSECONDS)
-        if reset > 0:
-            state += b";t=%d" % reset
-    return [(b"ratelimit-policy", policy), (b"ratelimit", state)]
+    limit = session.grant.rate_limit_per_minute
+    if limit is None:
+        state = b'"budget";r=%d' % session.calls_remaining
+    else:
+        left_open = session.window_ends_at - session.as_of
+        used = session.rate_window_calls if left_open > 0 else 0
+        state = b'"budget";r=%d, "window";r=%d' % (session.calls_remaining, limit - used)
+        if left_open > 0:
+            state += b";t=%d" % -(-left_open // MICROSECONDS)
+    return [(b"ratelimit-policy", _fixed(session).policy), (b"ratelimit", state)]
 
 
 def has_rate_headers(denied: Denied) -> bool:

@@ -39,7 +39,7 @@ def build_application(
     metrics: Metrics,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
-    """The ASGI application."""
+    """The framework lane: the whole service, but for the fast lane in front of it."""
     app = FastAPI(
         title="Arbiter",
         version=__version__,

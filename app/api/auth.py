@@ -13,6 +13,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address
@@ -20,6 +21,9 @@ from ipaddress import ip_address
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOBODY = "0" * 64
+
+Server = tuple[str, int | None] | None
+"""The address of ours that a request came to, as ASGI gives it."""
 
 
 class Scope(StrEnum):
@@ -103,18 +107,18 @@ class Authenticator:
         """Whether callers must send a key."""
         return bool(self._keys)
 
-    def identify(self, authorization: list[bytes], server_host: str | None) -> Caller:
-        """The caller with these `Authorization` headers, at this address of ours (`None`
-        for a Unix socket). Raises `Unauthenticated`."""
+    def identify(self, authorization: bytes | None, server: Server) -> Caller:
+        """The caller with this `Authorization` header, who reached us at `server`. Raises
+        `Unauthenticated`."""
         if not self._keys:
-            if self._open_everywhere or server_host is None or is_loopback(server_host):
+            if self._open_everywhere or _is_local(server):
                 return self._anyone
             raise Unauthenticated(
                 "This service has no API keys and answers on loopback addresses only."
             )
-        if len(authorization) != 1:
+        if authorization is None:
             raise Unauthenticated("Send one header: Authorization: Bearer <name>.<secret>")
-        scheme, _, token = authorization[0].partition(b" ")
+        scheme, _, token = authorization.partition(b" ")
         name, _, secret = token.strip().partition(b".")
         key = self._keys.get(name.decode("latin-1"))
         # An unknown name costs the same hash and comparison as a known one.
@@ -125,6 +129,15 @@ class Authenticator:
         return Caller(key.name, key.scope)
 
 
+def _is_local(server: Server) -> bool:
+    """Whether only this machine can reach us there; a Unix socket has no port."""
+    if server is None:
+        return False
+    host, port = server
+    return port is None or is_loopback(host)
+
+
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether `host`, an address or `localhost`, is reached from this machine only."""
     if host == "localhost":

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.answers import Answer
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, refused_answer
+from app.api.problems import Refused, error_answer, refused_answer
+from app.domain.errors import ArbiterError
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 
@@ -31,17 +32,20 @@ _prefix = token_hex(6)
 _serial = count(1)
 
 
-def make_request_id() -> str:
-    """A request id that this service has not used before."""
+def accept_request_id(sent: bytes | None) -> str:
+    """The id that the client sent, if it is one we accept, or else a new one that this
+    service has not used before."""
+    if sent is not None and _ACCEPTED_ID.fullmatch(sent):
+        return sent.decode("ascii")
     return f"{_prefix}-{next(_serial):x}"
 
 
-def request_id_of(scope: Scope) -> str:
-    """The id that the client sent, if it is one we accept, or else a new one."""
-    sent = [value for name, value in scope["headers"] if name == REQUEST_ID]
-    if len(sent) == 1 and _ACCEPTED_ID.fullmatch(sent[0]):
-        return bytes(sent[0]).decode("ascii")
-    return make_request_id()
+def failed_answer(error: Exception, request_id: str) -> Answer:
+    """The answer to a request during which `error` was raised. A defect is logged."""
+    if isinstance(error, ArbiterError):
+        return error_answer(error, request_id)
+    get_logger().exception("request failed", request_id=request_id)
+    return refused_answer(Refused(ProblemCode.INTERNAL_ERROR), request_id)
 
 
 async def send_answer(send: Send, answer: Answer, request_id: str) -> None:
@@ -57,7 +61,6 @@ class Envelope:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._log = get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -65,7 +68,8 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = request_id_of(scope)
+        sent = [value for name, value in scope["headers"] if name == REQUEST_ID]
+        request_id = accept_request_id(sent[0] if len(sent) == 1 else None)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -85,11 +89,10 @@ class Envelope:
         except ClientDisconnect:
             # Nobody is left to answer.
             return
-        except Exception:
-            self._log.exception("request failed", request_id=request_id)
+        except Exception as error:
+            answer = failed_answer(error, request_id)
             if status:
                 raise
-            answer = refused_answer(Refused(ProblemCode.INTERNAL_ERROR), request_id)
             status = answer.status
             await send_answer(send, answer, request_id)
         finally:

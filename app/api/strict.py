@@ -93,11 +93,11 @@ def authorize(request: Request, scopes: tuple[Scope, ...]) -> None:
     """Find out who calls, and note it in `request.state.caller`. Raises `Refused` if it is
     nobody we know or somebody who may not."""
     authenticator: Authenticator = request.app.state.authenticator
-    server = request.scope.get("server") or (None, None)
-    host = None if server[1] is None else server[0]
     sent = [value for name, value in request.headers.raw if name == b"authorization"]
     try:
-        caller: Caller = authenticator.identify(sent, host)
+        caller: Caller = authenticator.identify(
+            sent[0] if len(sent) == 1 else None, request.scope.get("server")
+        )
     except Unauthenticated as error:
         raise Refused(
             ProblemCode.UNAUTHENTICATED,

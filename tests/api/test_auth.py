@@ -149,7 +149,7 @@ def test_a_new_key_is_known_and_its_secret_is_not_configured() -> None:
     name, _, secret = token.partition(".")
 
     caller = Authenticator([made], allow_unauthenticated=False).identify(
-        [f"Bearer {token}".encode()], "10.0.0.5"
+        f"Bearer {token}".encode(), ("10.0.0.5", 8000)
     )
 
     assert (caller.name, caller.scope, name) == ("gate", Scope.PROXY, "gate")
@@ -191,7 +191,7 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
     authenticator = Authenticator(KEYS, allow_unauthenticated=False)
     for token in (f"gate.{SECRET}", "gate.wrong", "nobody.wrong", "", "gate"):
         try:
-            authenticator.identify([f"Bearer {token}".encode()], None)
+            authenticator.identify(f"Bearer {token}".encode(), None)
         except Unauthenticated:
             continue
 
