@@ -78,6 +78,8 @@ def _serve(_: argparse.Namespace) -> int:
         create_app(settings),
         log_config=None,
         access_log=False,
+        # Nothing here depends on the address of the client.
+        proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECS,
         timeout_graceful_shutdown=GRACE_SECS,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic_core import to_json
 
 from app.domain.admission import Admitted, DenialCode, Denied
-from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
+from app.domain.session import MICROSECONDS, Grant, Session
 from app.store.base import Page
 
 Headers = list[tuple[bytes, bytes]]
@@ -44,8 +44,8 @@ class _Fixed(NamedTuple):
 
     body: bytes
     """The first fields of its JSON, without the last brace."""
-    policy: bytes
-    """Its `RateLimit-Policy`."""
+    policy: tuple[bytes, bytes]
+    """Its `RateLimit-Policy` header."""
 
 
 FIXED_PARTS = 16_384
@@ -87,30 +87,30 @@ def _encode_fixed(session: Session) -> bytes:
     )
 
 
-def _policy(grant: Grant) -> bytes:
+def _policy(grant: Grant) -> tuple[bytes, bytes]:
     policy = b'"budget";q=%d' % grant.call_budget
     limit = grant.rate_limit_per_minute
     if limit is not None:
         policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
-    return policy
+    return (b"ratelimit-policy", policy)
 
 
 def encode_session(session: Session) -> bytes:
     """The JSON of a session. What can change during its life comes last."""
-    status = session.status
-    remaining = session.calls_remaining
+    _, grant, _, expires_at, as_of, made, window_start, window_calls, closed_at = session
+    remaining = grant.call_budget - made
+    if closed_at is None and as_of < expires_at:
+        state = _ACTIVE if remaining > 0 else _SPENT
+    else:
+        state = b'"%b","is_active":false}' % session.status.encode()
     return (
         b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
-        b'"rate_window_calls":%d,"status":"%b","is_active":%b}'
-    ) % (
-        _fixed(session).body,
-        session.calls_made,
-        remaining,
-        instant(session.rate_window_start),
-        session.rate_window_calls,
-        status.encode(),
-        b"true" if remaining > 0 and status is SessionStatus.ACTIVE else b"false",
-    )
+        b'"rate_window_calls":%d,"status":%b'
+    ) % (_fixed(session).body, made, remaining, instant(window_start), window_calls, state)
+
+
+_ACTIVE = b'"active","is_active":true}'
+_SPENT = b'"active","is_active":false}'
 
 
 def rate_headers(session: Session) -> Headers:
@@ -128,7 +128,7 @@ def rate_headers(session: Session) -> Headers:
         state = b'"budget";r=%d, "window";r=%d' % (session.calls_remaining, limit - used)
         if left_open > 0:
             state += b";t=%d" % -(-left_open // MICROSECONDS)
-    return [(b"ratelimit-policy", _fixed(session).policy), (b"ratelimit", state)]
+    return [_fixed(session).policy, (b"ratelimit", state)]
 
 
 def has_rate_headers(denied: Denied) -> bool:

@@ -20,8 +20,6 @@ from ipaddress import ip_address
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NOBODY = "0" * 64
-
 Server = tuple[str, int | None] | None
 """The address of ours that a request came to, as ASGI gives it."""
 
@@ -86,6 +84,9 @@ class Caller:
         return self.scope is Scope.ADMIN or self.scope in allowed
 
 
+_NOBODY: tuple[bytes, Caller | None] = (bytes(32), None)
+
+
 class Unauthenticated(Exception):
     """The request does not prove who sent it; the message says what to send."""
 
@@ -98,19 +99,22 @@ class Authenticator:
     """
 
     def __init__(self, keys: Iterable[ApiKey], *, allow_unauthenticated: bool) -> None:
-        self._keys = {key.name: key for key in keys}
+        self._known: dict[bytes, tuple[bytes, Caller | None]] = {
+            key.name.encode(): (bytes.fromhex(key.digest), Caller(key.name, key.scope))
+            for key in keys
+        }
         self._open_everywhere = allow_unauthenticated
         self._anyone = Caller("", Scope.ADMIN)
 
     @property
     def enabled(self) -> bool:
         """Whether callers must send a key."""
-        return bool(self._keys)
+        return bool(self._known)
 
     def identify(self, authorization: bytes | None, server: Server) -> Caller:
         """The caller with this `Authorization` header, who reached us at `server`. Raises
         `Unauthenticated`."""
-        if not self._keys:
+        if not self._known:
             if self._open_everywhere or _is_local(server):
                 return self._anyone
             raise Unauthenticated(
@@ -120,13 +124,12 @@ class Authenticator:
             raise Unauthenticated("Send one header: Authorization: Bearer <name>.<secret>")
         scheme, _, token = authorization.partition(b" ")
         name, _, secret = token.strip().partition(b".")
-        key = self._keys.get(name.decode("latin-1"))
         # An unknown name costs the same hash and comparison as a known one.
-        expected = _NOBODY if key is None else key.digest
-        known = compare_digest(sha256(secret).hexdigest(), expected)
-        if not known or key is None or scheme.lower() != b"bearer":
+        expected, caller = self._known.get(name, _NOBODY)
+        proven = compare_digest(sha256(secret).digest(), expected)
+        if not proven or caller is None or scheme.lower() != b"bearer":
             raise Unauthenticated("This API key is not known; send Bearer <name>.<secret>.")
-        return Caller(key.name, key.scope)
+        return caller
 
 
 def _is_local(server: Server) -> bool:

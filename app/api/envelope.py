@@ -12,7 +12,7 @@ from secrets import token_hex
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.answers import Answer
+from app.api.answers import Answer, Headers
 from app.api.problem_types import ProblemCode
 from app.api.problems import Refused, error_answer, refused_answer
 from app.domain.errors import ArbiterError
@@ -48,9 +48,14 @@ def failed_answer(error: Exception, request_id: str) -> Answer:
     return refused_answer(Refused(ProblemCode.INTERNAL_ERROR), request_id)
 
 
-async def send_answer(send: Send, answer: Answer, request_id: str) -> None:
-    """Send a whole answer."""
-    headers = [*answer.headers, (REQUEST_ID, request_id.encode()), NO_STORE]
+def common_headers(request_id: str) -> Headers:
+    """What every answer has."""
+    return [(REQUEST_ID, request_id.encode()), NO_STORE]
+
+
+async def send_answer(send: Send, answer: Answer, extra: Headers) -> None:
+    """Send a whole answer with its headers and `extra`."""
+    headers = [*answer.headers, *extra]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
 
@@ -77,11 +82,7 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (REQUEST_ID, request_id.encode()),
-                    NO_STORE,
-                ]
+                message["headers"] = [*message["headers"], *common_headers(request_id)]
             await send(message)
 
         try:
@@ -94,7 +95,7 @@ class Envelope:
             if status:
                 raise
             status = answer.status
-            await send_answer(send, answer, request_id)
+            await send_answer(send, answer, common_headers(request_id))
         finally:
             if status:
                 method = scope["method"] if scope["method"] in _METHODS else "other"

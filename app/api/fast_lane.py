@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 import time
-from typing import NamedTuple
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import auth
-from app.api.answers import Answer, admitted_answer
-from app.api.envelope import accept_request_id, failed_answer, send_answer
+from app.api.answers import admitted_answer
+from app.api.direct_send import send_directly
+from app.api.envelope import accept_request_id, common_headers, failed_answer, send_answer
 from app.api.problems import denied_answer
-from app.domain.admission import Denied
+from app.domain.admission import Admitted, Denied
 from app.domain.session import DataSensitivity
 from app.domain.tools import MAX_BATCH
 from app.observability.metrics import Metrics
@@ -54,16 +54,6 @@ _CALL_BODY = _body(b'"tool_name"', b"(%b)" % _NAME)
 _BATCH_BODY = _body(b'"tool_names"', _spaced(rb"\[", b"((?:%b)?+)" % _NAMES, rb"\]"))
 
 
-class _Request(NamedTuple):
-    """A request that the fast lane takes, but for its body."""
-
-    session_id: str
-    is_batch: bool
-    caller: auth.Caller
-    request_id: str
-    minimal: bool
-
-
 class FastLane:
     """An ASGI application in front of `framework`, with the same service and keys."""
 
@@ -75,40 +65,51 @@ class FastLane:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or hand it on."""
-        request = self._plain(scope)
-        if request is None:
+        path = self._plain_path(scope)
+        if path is None:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
         message = await receive()
-        body = message.get("body", b"")
-        pattern = _BATCH_BODY if request.is_batch else _CALL_BODY
-        match = None if message.get("more_body") else pattern.fullmatch(body)
-        names = () if match is None else _names(match)
-        if match is None or len(names) > MAX_BATCH:
+        is_batch = path[2] == "batch"
+        match = (_BATCH_BODY if is_batch else _CALL_BODY).fullmatch(message.get("body", b""))
+        if match is None or message.get("more_body") or match[1].count(b",") >= MAX_BATCH:
             await self._app(scope, _replay(message, receive), send)
             return
-        answer = await self._answer(request, names, match)
-        await send_answer(send, answer, request.request_id)
-        route = BATCH if request.is_batch else CALLS
+        headers = dict(scope["headers"])
+        request_id = accept_request_id(headers.get(b"x-request-id"))
+        try:
+            decision = await self._decide(path[1], match, is_batch=is_batch)
+        except Exception as error:  # noqa: BLE001 - every failure has an answer
+            answer = failed_answer(error, request_id)
+        else:
+            if isinstance(decision, Denied):
+                answer = denied_answer(decision, request_id)
+            else:
+                answer = admitted_answer(decision, minimal=b"prefer" in headers)
+        common = common_headers(request_id)
+        if not send_directly(send, answer, common):
+            await send_answer(send, answer, common)
+        route = BATCH if is_batch else CALLS
         durations = self._metrics.request("POST", route, answer.status)
         durations.observe(time.perf_counter() - started)
 
-    def _plain(self, scope: Scope) -> _Request | None:
-        """The request, if there is nothing about it that the framework should judge."""
+    def _plain_path(self, scope: Scope) -> re.Match[str] | None:
+        """The path, if there is nothing about the request, up to its body, that the
+        framework should judge."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope["query_string"]:
             return None
         path = _PATH.fullmatch(scope["path"])
+        # Where something was percent-encoded the raw path is longer.
         if path is None or len(scope["raw_path"]) != len(scope["path"]):
             return None
         headers = dict(scope["headers"])
-        prefer = headers.get(b"prefer")
         if (
             len(headers) != len(scope["headers"])
             or headers.get(b"content-type") != b"application/json"
             or b"content-length" not in headers
             or b"idempotency-key" in headers
-            or prefer not in _PREFERENCES
+            or headers.get(b"prefer") not in _PREFERENCES
         ):
             return None
         try:
@@ -117,40 +118,27 @@ class FastLane:
             )
         except auth.Unauthenticated:
             return None
-        if not caller.may(_SCOPES):
-            return None
-        request_id = accept_request_id(headers.get(b"x-request-id"))
-        return _Request(path[1], path[2] == "batch", caller, request_id, prefer is not None)
+        return path if caller.may(_SCOPES) else None
 
-    async def _answer(
-        self, request: _Request, names: tuple[str, ...], match: re.Match[bytes]
-    ) -> Answer:
-        agent = match[2] and match[2].decode().lower()
-        tier = match[3] and _TIERS[match[3]]
-        session_id, service = request.session_id, self._service
-        try:
-            if request.is_batch:
-                decision = await service.record_batch(
-                    session_id, names, agent_id=agent, data_sensitivity=tier
-                )
-            else:
-                decision = await service.record_call(
-                    session_id, names[0], agent_id=agent, data_sensitivity=tier
-                )
-        except Exception as error:  # noqa: BLE001 - every failure has an answer
-            return failed_answer(error, request.request_id)
-        if isinstance(decision, Denied):
-            return denied_answer(decision, request.request_id)
-        return admitted_answer(decision, minimal=request.minimal)
+    async def _decide(
+        self, session_id: str, match: re.Match[bytes], *, is_batch: bool
+    ) -> Admitted | Denied:
+        listed, agent_id, tier = match.groups()
+        # Names have no quotes in them, so that quotes only delimit them.
+        names = tuple(listed.decode("ascii").split('"')[1::2])
+        agent = None if agent_id is None else agent_id.decode("ascii").lower()
+        data_sensitivity = None if tier is None else _TIERS[tier]
+        if is_batch:
+            return await self._service.record_batch(
+                session_id, names, agent_id=agent, data_sensitivity=data_sensitivity
+            )
+        return await self._service.record_call(
+            session_id, names[0], agent_id=agent, data_sensitivity=data_sensitivity
+        )
 
 
 _PREFERENCES = (None, b"return=minimal")
 _SCOPES = (auth.Scope.PROXY,)
-
-
-def _names(match: re.Match[bytes]) -> tuple[str, ...]:
-    """The tool names. Names have no quotes in them, so that quotes only delimit them."""
-    return tuple(match[1].decode("ascii").split('"')[1::2])
 
 
 def _replay(message: Message, receive: Receive) -> Receive:

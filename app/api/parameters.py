@@ -30,12 +30,13 @@ def _digits(value: Any) -> Any:
     return value
 
 
-def _service(request: Request) -> SessionService:
+# Dependencies are coroutines though none awaits: FastAPI runs plain functions in threads.
+async def _service(request: Request) -> SessionService:
     service: SessionService = request.app.state.service
     return service
 
 
-def _session_id(
+async def _session_id(
     session_id: Annotated[
         str,
         Path(
@@ -50,7 +51,7 @@ def _session_id(
     return session_id
 
 
-def _agent_id(
+async def _agent_id(
     agent_id: Annotated[
         str,
         Path(
@@ -65,7 +66,7 @@ def _agent_id(
     return agent_id
 
 
-def _idempotency(
+async def _idempotency(
     request: Request,
     _: Annotated[
         str | None,
@@ -80,7 +81,7 @@ def _idempotency(
     return None if key is None else IdempotencyKey(request.state.caller.name, key)
 
 
-def _minimal(
+async def _minimal(
     request: Request,
     _: Annotated[
         str | None,

@@ -74,6 +74,8 @@ class Session(NamedTuple):
     session_id: str
     grant: Grant
     created_at: int
+    expires_at: int
+    """The first instant at which the session is expired."""
     as_of: int
     calls_made: int
     rate_window_start: int
@@ -83,12 +85,8 @@ class Session(NamedTuple):
     @classmethod
     def opened(cls, session_id: str, grant: Grant, now: int) -> Session:
         """The session that begins `now`; its first rate window opens with it."""
-        return cls(session_id, grant, now, now, 0, now, 0, None)
-
-    @property
-    def expires_at(self) -> int:
-        """The first instant at which the session is expired."""
-        return self.created_at + self.grant.time_limit_secs * MICROSECONDS
+        expires_at = now + grant.time_limit_secs * MICROSECONDS
+        return cls(session_id, grant, now, expires_at, now, 0, now, 0, None)
 
     @property
     def status(self) -> SessionStatus:
@@ -120,6 +118,15 @@ class Session(NamedTuple):
     def window_ends_at(self) -> int:
         """The first instant at which the current rate window has elapsed."""
         return self.rate_window_start + self.grant.rate_limit_window_secs * MICROSECONDS
+
+    def counted(self, n: int, now: int, *, new_window: bool) -> Session:
+        """The session after `n` more calls `now`, which open a new rate window or not."""
+        session_id, grant, created, expires, _, made, start, window_calls, closed = self
+        if new_window:
+            start, window_calls = now, 0
+        # Not by the class: on the hot path its constructor would cost as much as the rest.
+        values = (session_id, grant, created, expires, now, made + n, start, window_calls + n)
+        return tuple.__new__(Session, (*values, closed))
 
     @property
     def window_calls_used(self) -> int:

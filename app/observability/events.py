@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from app.domain.admission import Admission, Admitted, Denied
+from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.session import Session
 from app.observability.logs import get_logger, short
 from app.observability.metrics import Metrics
 from app.store.base import Swept
 
 _DRY_RUN = "dry_run"
+_OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
 
 
 class Events:
@@ -50,7 +51,8 @@ class Events:
         dry_run: bool,
     ) -> None:
         """Calls were asked for."""
-        operation = _DRY_RUN if dry_run else admission.operation.value
+        # Not `.value`, which is a call: every admission passes here.
+        operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
         if isinstance(decision, Denied):
             self._metrics.decisions[operation, decision.code.value] += 1
             self._log.info(
