@@ -30,13 +30,11 @@ def send_directly(send: Send, answer: Answer, extra: Headers) -> bool:
         or not cycle.keep_alive
     ):
         return False
-    parts = [STATUS_LINE[answer.status]]
-    for name, value in (*cycle.default_headers, *answer.headers, *extra):
-        parts += (name, b": ", value, b"\r\n")
-    parts += (b"\r\n", answer.body)
+    lines = map(b": ".join, (*cycle.default_headers, *answer.headers, *extra))
+    head = b"\r\n".join(lines)
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
-    cycle.transport.write(b"".join(parts))
+    cycle.transport.write(b"%b%b\r\n\r\n%b" % (STATUS_LINE[answer.status], head, answer.body))
     cycle.message_event.set()
     cycle.on_response()
     return True

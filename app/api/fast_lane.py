@@ -65,18 +65,18 @@ class FastLane:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or hand it on."""
-        path = self._plain_path(scope)
-        if path is None:
+        started = time.perf_counter()
+        path = _plain_path(scope)
+        headers = {} if path is None else dict(scope["headers"])
+        if path is None or not self._takes(scope, headers):
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
         message = await receive()
         is_batch = path[2] == "batch"
         match = (_BATCH_BODY if is_batch else _CALL_BODY).fullmatch(message.get("body", b""))
         if match is None or message.get("more_body") or match[1].count(b",") >= MAX_BATCH:
             await self._app(scope, _replay(message, receive), send)
             return
-        headers = dict(scope["headers"])
         request_id = accept_request_id(headers.get(b"x-request-id"))
         try:
             decision = await self._decide(path[1], match, is_batch=is_batch)
@@ -94,16 +94,8 @@ class FastLane:
         durations = self._metrics.request("POST", route, answer.status)
         durations.observe(time.perf_counter() - started)
 
-    def _plain_path(self, scope: Scope) -> re.Match[str] | None:
-        """The path, if there is nothing about the request, up to its body, that the
-        framework should judge."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["query_string"]:
-            return None
-        path = _PATH.fullmatch(scope["path"])
-        # Where something was percent-encoded the raw path is longer.
-        if path is None or len(scope["raw_path"]) != len(scope["path"]):
-            return None
-        headers = dict(scope["headers"])
+    def _takes(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+        """Whether there is nothing about the headers that the framework should judge."""
         if (
             len(headers) != len(scope["headers"])
             or headers.get(b"content-type") != b"application/json"
@@ -111,30 +103,40 @@ class FastLane:
             or b"idempotency-key" in headers
             or headers.get(b"prefer") not in _PREFERENCES
         ):
-            return None
+            return False
         try:
             caller = self._authenticator.identify(
                 headers.get(b"authorization"), scope.get("server")
             )
         except auth.Unauthenticated:
-            return None
-        return path if caller.may(_SCOPES) else None
+            return False
+        return caller.may(_SCOPES)
 
     async def _decide(
         self, session_id: str, match: re.Match[bytes], *, is_batch: bool
     ) -> Admitted | Denied:
         listed, agent_id, tier = match.groups()
-        # Names have no quotes in them, so that quotes only delimit them.
-        names = tuple(listed.decode("ascii").split('"')[1::2])
         agent = None if agent_id is None else agent_id.decode("ascii").lower()
         data_sensitivity = None if tier is None else _TIERS[tier]
+        # Names have no quotes in them, so that quotes only delimit them.
+        names = listed.decode("ascii").split('"')[1::2]
         if is_batch:
             return await self._service.record_batch(
-                session_id, names, agent_id=agent, data_sensitivity=data_sensitivity
+                session_id, tuple(names), agent_id=agent, data_sensitivity=data_sensitivity
             )
         return await self._service.record_call(
             session_id, names[0], agent_id=agent, data_sensitivity=data_sensitivity
         )
+
+
+def _plain_path(scope: Scope) -> re.Match[str] | None:
+    """The path of a call or batch that has no query and nothing percent-encoded."""
+    if scope["type"] != "http" or scope["method"] != "POST" or scope["query_string"]:
+        return None
+    # Where something was percent-encoded the raw path is longer.
+    if len(scope["raw_path"]) != len(scope["path"]):
+        return None
+    return _PATH.fullmatch(scope["path"])
 
 
 _PREFERENCES = (None, b"return=minimal")

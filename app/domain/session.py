@@ -121,12 +121,14 @@ class Session(NamedTuple):
 
     def counted(self, n: int, now: int, *, new_window: bool) -> Session:
         """The session after `n` more calls `now`, which open a new rate window or not."""
-        session_id, grant, created, expires, _, made, start, window_calls, closed = self
+        session_id, grant, created, expires, _, made, start, calls, closed = self
         if new_window:
-            start, window_calls = now, 0
+            start, calls = now, 0
         # Not by the class: on the hot path its constructor would cost as much as the rest.
-        values = (session_id, grant, created, expires, now, made + n, start, window_calls + n)
-        return tuple.__new__(Session, (*values, closed))
+        return tuple.__new__(
+            Session,
+            (session_id, grant, created, expires, now, made + n, start, calls + n, closed),
+        )
 
     @property
     def window_calls_used(self) -> int:
