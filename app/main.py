@@ -19,6 +19,7 @@ from app import __version__
 from app.api.application import build_application
 from app.api.auth import Authenticator
 from app.api.fast_lane import FastLane
+from app.garbage import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.metrics import Metrics
@@ -65,13 +66,14 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 authentication="on" if authenticator.enabled else "off",
                 version=__version__,
             )
-            sweeping = asyncio.create_task(sweeper.run(), name="sweeper")
-            try:
-                yield
-            finally:
-                sweeping.cancel()
-                with suppress(asyncio.CancelledError):
-                    await sweeping
+            with short_pauses():
+                sweeping = asyncio.create_task(sweeper.run(), name="sweeper")
+                try:
+                    yield
+                finally:
+                    sweeping.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await sweeping
         finally:
             await store.aclose()
             log.info("stopped")

@@ -7,7 +7,8 @@ that nothing was decided and nothing recorded.
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.errors import InvalidField

@@ -97,16 +97,22 @@ def _policy(grant: Grant) -> tuple[bytes, bytes]:
 
 def encode_session(session: Session) -> bytes:
     """The JSON of a session. What can change during its life comes last."""
-    _, grant, _, expires_at, as_of, made, window_start, window_calls, closed_at = session
-    remaining = grant.call_budget - made
-    if closed_at is None and as_of < expires_at:
+    remaining = session.calls_remaining
+    if session.closed_at is None and session.as_of < session.expires_at:
         state = _ACTIVE if remaining > 0 else _SPENT
     else:
         state = b'"%b","is_active":false}' % session.status.encode()
     return (
         b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
         b'"rate_window_calls":%d,"status":%b'
-    ) % (_fixed(session).body, made, remaining, instant(window_start), window_calls, state)
+    ) % (
+        _fixed(session).body,
+        session.calls_made,
+        remaining,
+        instant(session.rate_window_start),
+        session.rate_window_calls,
+        state,
+    )
 
 
 _ACTIVE = b'"active","is_active":true}'

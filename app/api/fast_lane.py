@@ -18,6 +18,7 @@ from app.api.answers import admitted_answer
 from app.api.direct_send import send_directly
 from app.api.envelope import accept_request_id, common_headers, failed_answer, send_answer
 from app.api.problems import denied_answer
+from app.api.strict import MAX_BODY_BYTES
 from app.domain.admission import Admitted, Denied
 from app.domain.session import DataSensitivity
 from app.domain.tools import MAX_BATCH
@@ -72,10 +73,20 @@ class FastLane:
             await self._app(scope, receive, send)
             return
         message = await receive()
+        body, read = message.get("body", b""), [message]
+        while message.get("more_body") and len(body) <= MAX_BODY_BYTES:
+            message = await receive()
+            body += message.get("body", b"")
+            read.append(message)
         is_batch = path[2] == "batch"
-        match = (_BATCH_BODY if is_batch else _CALL_BODY).fullmatch(message.get("body", b""))
-        if match is None or message.get("more_body") or match[1].count(b",") >= MAX_BATCH:
-            await self._app(scope, _replay(message, receive), send)
+        match = (_BATCH_BODY if is_batch else _CALL_BODY).fullmatch(body)
+        if (
+            match is None
+            or message["type"] != "http.request"
+            or len(body) > MAX_BODY_BYTES
+            or match[1].count(b",") >= MAX_BATCH
+        ):
+            await self._app(scope, _replay(read, receive), send)
             return
         request_id = accept_request_id(headers.get(b"x-request-id"))
         try:
@@ -143,11 +154,11 @@ _PREFERENCES = (None, b"return=minimal")
 _SCOPES = (auth.Scope.PROXY,)
 
 
-def _replay(message: Message, receive: Receive) -> Receive:
-    """A `receive` that gives `message` first."""
-    unread = [message]
+def _replay(read: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives first what was read already."""
+    unread = iter(read)
 
     async def replayed() -> Message:
-        return unread.pop() if unread else await receive()
+        return next(unread, None) or await receive()
 
     return replayed

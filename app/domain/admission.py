@@ -115,23 +115,23 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
     `now` must not be earlier than any instant at which this session was decided before;
     a store whose clock can step back holds it still instead.
     """
-    # In one step: this runs for every call of every agent, and attributes cost more.
-    _, grant, _, expires_at, _, calls_made, window_start, window_calls, closed_at = session
     _, tools, agent_id, tier = admission
-    if closed_at is not None or now >= expires_at or agent_id is not None:
+    if session.closed_at is not None or now >= session.expires_at or agent_id is not None:
         barred = bar(session, agent_id, now)
         if barred is not None:
             return barred
     n = len(tools)
     if n == 0:
         return Admitted(session.at(now))
+    grant = session.grant
     limit = grant.rate_limit_per_minute
-    elapsed = now >= window_start + grant.rate_limit_window_secs * MICROSECONDS
+    window_secs = grant.rate_limit_window_secs
+    elapsed = now >= session.rate_window_start + window_secs * MICROSECONDS
     if (
-        calls_made + n <= grant.call_budget
+        session.calls_made + n <= grant.call_budget
         and grant.authorized_tools.allows_all(tools)
         and (tier is None or not tier.exceeds(grant.data_sensitivity_ceiling))
-        and (limit is None or (n if elapsed else window_calls + n) <= limit)
+        and (limit is None or (n if elapsed else session.rate_window_calls + n) <= limit)
     ):
         return Admitted(session.counted(n, now, new_window=elapsed))
     return _denial(session.at(now), admission)

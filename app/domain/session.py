@@ -5,13 +5,16 @@ service; names that end in `_secs` are whole seconds, the unit of the wire.
 
 All values here are immutable. What changes during a session's life is a handful of
 counters, so a store replaces the `Session` and every `Session` handed out is a snapshot.
+
+Both are msgspec structs with `gc=False`: they can be part of no cycle, and a million of
+them must not be looked at by the garbage collector.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+
+import msgspec
 
 from app.domain.tools import AllowList
 
@@ -52,8 +55,7 @@ class SessionStatus(StrEnum):
     EXPIRED = "expired"
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What a session allows; fixed when it is created."""
 
     agent_id: str
@@ -68,7 +70,7 @@ class Grant:
     data_sensitivity_ceiling: DataSensitivity = DataSensitivity.INTERNAL
 
 
-class Session(NamedTuple):
+class Session(msgspec.Struct, frozen=True, gc=False):
     """A session as it was at the instant `as_of`."""
 
     session_id: str
@@ -121,13 +123,16 @@ class Session(NamedTuple):
 
     def counted(self, n: int, now: int, *, new_window: bool) -> Session:
         """The session after `n` more calls `now`, which open a new rate window or not."""
-        session_id, grant, created, expires, _, made, start, calls, closed = self
-        if new_window:
-            start, calls = now, 0
-        # Not by the class: on the hot path its constructor would cost as much as the rest.
-        return tuple.__new__(
-            Session,
-            (session_id, grant, created, expires, now, made + n, start, calls + n, closed),
+        return Session(
+            self.session_id,
+            self.grant,
+            self.created_at,
+            self.expires_at,
+            now,
+            self.calls_made + n,
+            now if new_window else self.rate_window_start,
+            n if new_window else self.rate_window_calls + n,
+            self.closed_at,
         )
 
     @property
@@ -137,8 +142,8 @@ class Session(NamedTuple):
 
     def at(self, now: int) -> Session:
         """The same session, seen `now`."""
-        return self._replace(as_of=now)
+        return msgspec.structs.replace(self, as_of=now)
 
     def closed(self, now: int) -> Session:
         """The session after it was closed `now`."""
-        return self._replace(as_of=now, closed_at=now)
+        return msgspec.structs.replace(self, as_of=now, closed_at=now)

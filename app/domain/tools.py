@@ -8,7 +8,7 @@ characters, the empty one included.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from weakref import WeakValueDictionary
+from functools import lru_cache
 
 TOOL_NAME_PATTERN = r"^[A-Za-z0-9_./:@-]{1,128}$"
 TOOL_ENTRY_PATTERN = r"^[A-Za-z0-9_./:@*-]{1,128}$"
@@ -24,7 +24,7 @@ class AllowList:
     caller's `a*a*a*…` could hold the process for minutes.
     """
 
-    __slots__ = ("__weakref__", "_exact", "_globs", "_prefixes", "entries")
+    __slots__ = ("_exact", "_globs", "_prefixes", "entries")
 
     def __init__(self, entries: tuple[str, ...]) -> None:
         self.entries = entries
@@ -36,13 +36,9 @@ class AllowList:
 
     @classmethod
     def of(cls, entries: Iterable[str]) -> AllowList:
-        """The allow-list with these entries. Equal allow-lists that live at the same time
-        are one object, since most sessions of a platform share a few of them."""
-        key = tuple(entries)
-        known = _interned.get(key)
-        if known is None:
-            known = _interned[key] = cls(key)
-        return known
+        """The allow-list with these entries. Equal ones are one object while they are among
+        the latest, since most sessions of a platform share a few of them."""
+        return _compiled(tuple(entries))
 
     def allows(self, name: str) -> bool:
         """Whether a session with this allow-list may call the tool `name`."""
@@ -66,7 +62,9 @@ class AllowList:
         return f"AllowList.of({self.entries!r})"
 
 
-_interned: WeakValueDictionary[tuple[str, ...], AllowList] = WeakValueDictionary()
+@lru_cache(maxsize=4096)
+def _compiled(entries: tuple[str, ...]) -> AllowList:
+    return AllowList(entries)
 
 
 def _matches(pieces: tuple[str, ...], name: str) -> bool:

@@ -38,6 +38,7 @@ from app.store.base import (
     Swept,
 )
 from app.store.memory_index import Position, SessionIndex
+from app.store.sharded import ShardedDict
 
 Clock = Callable[[], int]
 """Microseconds since the Unix epoch, never running backwards."""
@@ -58,6 +59,9 @@ def anchored_clock() -> Clock:
     return lambda: (read(source) + offset) // 1000
 
 
+_Replays = dict[IdempotencyKey, tuple[Admission, Session]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Creation:
     session: Session
@@ -70,14 +74,14 @@ class MemoryStore(SessionStore):
     def __init__(self, limits: StoreLimits, clock: Clock | None = None) -> None:
         self._limits = limits
         self._clock = clock or anchored_clock()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: ShardedDict[str, Session] = ShardedDict()
         self._open = SessionIndex()
         self._closed = SessionIndex()
         # The order of closing is the order of time. Sessions that expired before they were
         # closed are removed before their turn here, which is then passed over.
         self._closings: deque[tuple[int, str]] = deque()
-        self._replays: dict[str, dict[IdempotencyKey, tuple[Admission, Session]]] = {}
-        self._creations: dict[IdempotencyKey, _Creation] = {}
+        self._replays: ShardedDict[str, _Replays] = ShardedDict()
+        self._creations: ShardedDict[IdempotencyKey, _Creation] = ShardedDict()
         self._forgettings: deque[tuple[int, IdempotencyKey]] = deque()
 
     @classmethod
@@ -138,12 +142,13 @@ class MemoryStore(SessionStore):
         *,
         dry_run: bool = False,
     ) -> Admitted | Denied:
-        session = self._sessions.get(session_id)
+        sessions = self._sessions.shard(session_id)
+        session = sessions.get(session_id)
         if session is None:
             return _NOT_FOUND
         now = self._clock()
         if idempotency is not None:
-            known = self._replays.get(session_id, {}).get(idempotency)
+            known = (self._replays.get(session_id) or {}).get(idempotency)
             if known is not None:
                 barred = bar(session, admission.agent_id, now)
                 if barred is not None:
@@ -152,9 +157,11 @@ class MemoryStore(SessionStore):
                 return Admitted(answer, replayed=True) if first == admission else _CONFLICT
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and not dry_run:
-            self._sessions[session_id] = decision.session
+            sessions[session_id] = decision.session
             if idempotency is not None:
-                replays = self._replays.setdefault(session_id, {})
+                replays = self._replays.get(session_id)
+                if replays is None:
+                    replays = self._replays[session_id] = {}
                 replays[idempotency] = (admission, decision.session)
         return decision
 
@@ -174,7 +181,7 @@ class MemoryStore(SessionStore):
         self._open.remove(session)
         self._closed.add(session)
         self._closings.append((now, session.session_id))
-        self._replays.pop(session.session_id, None)
+        self._replays.discard(session.session_id)
         return closed
 
     @override
@@ -231,15 +238,16 @@ class MemoryStore(SessionStore):
         while looked_at < limit and self._closings and self._closings[0][0] <= cutoff:
             _, session_id = self._closings.popleft()
             looked_at += 1
-            if session_id in self._sessions:
+            if self._sessions.get(session_id) is not None:
                 self._remove(session_id, self._closed)
                 closed += 1
         while looked_at < limit and self._forgettings and self._forgettings[0][0] <= now:
             forget_at, key = self._forgettings.popleft()
             looked_at += 1
             # A key used again after its 24 hours has a later turn of its own.
-            if self._creations[key].forget_at == forget_at:
-                del self._creations[key]
+            creation = self._creations.get(key)
+            if creation is not None and creation.forget_at == forget_at:
+                self._creations.discard(key)
         return Swept(expired, closed, more=looked_at >= limit)
 
     def _remove_overdue(self, index: SessionIndex, cutoff: int, limit: int) -> int:
@@ -254,7 +262,7 @@ class MemoryStore(SessionStore):
 
     def _remove(self, session_id: str, index: SessionIndex) -> None:
         index.remove(self._sessions.pop(session_id))
-        self._replays.pop(session_id, None)
+        self._replays.discard(session_id)
 
 
 _START = Position(-1, "")

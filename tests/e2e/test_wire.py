@@ -1,0 +1,102 @@
+"""What both lanes put on the wire, byte for byte, from real servers. The fast lane writes
+past uvicorn's `send`; this fails when uvicorn changes under it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Service, StartService
+from tests.support import session_request
+
+LAST = (
+    b"GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx-request-id: r-2\r\n\r\n"
+)
+
+
+def exchange(service: Service, *requests: bytes) -> bytes:
+    """Everything that comes back on one connection, to requests sent in one piece and one
+    more that ends the connection, if it has not ended before."""
+    host, _, port = service.url.removeprefix("http://").rpartition(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"".join([*requests, LAST]))
+        while chunk := connection.recv(65_536):
+            received += chunk
+    return received
+
+
+def call(
+    session_id: str, *headers: bytes, tool: str = "read_file", version: bytes = b"1.1"
+) -> bytes:
+    body = json.dumps({"tool_name": tool}).encode()
+    lines = [
+        b"POST /sessions/%b/calls HTTP/%b" % (session_id.encode(), version),
+        b"host: localhost",
+        b"content-type: application/json",
+        b"content-length: %d" % len(body),
+        b"x-request-id: r-1",
+        *headers,
+        b"",
+        body,
+    ]
+    return b"\r\n".join(lines)
+
+
+def settled(received: bytes) -> bytes:
+    received = re.sub(rb"date: [^\r]*", b"date: DATE", received)
+    received = re.sub(rb"[0-9a-f-]{36}", b"ID", received)
+    received = re.sub(rb";t=\d+", b";t=T", received)
+    return re.sub(rb"\d{4}-\d\d-\d\dT[0-9:.]*Z", b"INSTANT", received)
+
+
+@pytest.fixture
+def services(start_service: StartService) -> list[Service]:
+    return [start_service(ARBITER_FAST_LANE=lane) for lane in ("false", "true")]
+
+
+@pytest.mark.parametrize(
+    ("name", "headers", "version"),
+    [
+        ("plain", [], b"1.1"),
+        ("minimal", [b"prefer: return=minimal"], b"1.1"),
+        ("close", [b"connection: close"], b"1.1"),
+        ("keep", [b"connection: keep-alive"], b"1.1"),
+        ("HTTP/1.0", [], b"1.0"),
+        ("continue", [b"expect: 100-continue"], b"1.1"),
+    ],
+)
+def test_one_call(
+    services: list[Service], name: str, headers: list[bytes], version: bytes
+) -> None:
+    seen = []
+    for service in services:
+        created = httpx.post(f"{service.url}/sessions", json=session_request(call_budget=2))
+        session_id = created.json()["session_id"]
+        for tool in ("read_file", "rm"):
+            request = call(session_id, *headers, tool=tool, version=version)
+            seen.append(settled(exchange(service, request)))
+
+    assert seen[0] == seen[2]
+    assert seen[1] == seen[3]
+    ends, continues = name in {"close", "HTTP/1.0"}, name == "continue"
+    assert seen[0].count(b"HTTP/1.1 ") == 2 - ends + continues
+
+
+def test_pipelined_calls(services: list[Service]) -> None:
+    seen = []
+    for service in services:
+        created = httpx.post(
+            f"{service.url}/sessions",
+            json=session_request(call_budget=3, rate_limit_per_minute=9),
+        )
+        session_id = created.json()["session_id"]
+        requests = [call(session_id, tool=tool) for tool in ("read_file", "rm", "list_dir")] * 2
+        seen.append(settled(exchange(service, *requests)))
+
+    assert seen[0] == seen[1]
+    assert seen[0].count(b"HTTP/1.1 ") == 7
