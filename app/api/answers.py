@@ -126,14 +126,17 @@ def rate_headers(session: Session) -> Headers:
     has elapsed is whole again and has no reset either.
     """
     limit = session.grant.rate_limit_per_minute
+    remaining = session.calls_remaining
     if limit is None:
-        state = b'"budget";r=%d' % session.calls_remaining
+        state = b'"budget";r=%d' % remaining
+    elif (left_open := session.window_ends_at - session.as_of) > 0:
+        state = b'"budget";r=%d, "window";r=%d;t=%d' % (
+            remaining,
+            limit - session.rate_window_calls,
+            -(-left_open // MICROSECONDS),
+        )
     else:
-        left_open = session.window_ends_at - session.as_of
-        used = session.rate_window_calls if left_open > 0 else 0
-        state = b'"budget";r=%d, "window";r=%d' % (session.calls_remaining, limit - used)
-        if left_open > 0:
-            state += b";t=%d" % -(-left_open // MICROSECONDS)
+        state = b'"budget";r=%d, "window";r=%d' % (remaining, limit)
     return [_fixed(session).policy, (b"ratelimit", state)]
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+import msgspec
+
 from app.domain.session import MICROSECONDS, DataSensitivity, Session
 
 
@@ -56,7 +58,7 @@ class NextAction(StrEnum):
     STOP = "stop"
 
 
-class Admission(NamedTuple):
+class Admission(msgspec.Struct, frozen=True, gc=False):
     """A request for admission: what an idempotent retry must repeat."""
 
     operation: Operation
@@ -75,7 +77,7 @@ class Violation(NamedTuple):
     """Places in the batch, from 0, of the tools that are not authorised."""
 
 
-class Admitted(NamedTuple):
+class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Yes. `session` is the session after the calls were counted."""
 
     session: Session
@@ -115,7 +117,7 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
     `now` must not be earlier than any instant at which this session was decided before;
     a store whose clock can step back holds it still instead.
     """
-    _, tools, agent_id, tier = admission
+    tools, agent_id = admission.tool_names, admission.agent_id
     if session.closed_at is not None or now >= session.expires_at or agent_id is not None:
         barred = bar(session, agent_id, now)
         if barred is not None:
@@ -123,7 +125,7 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
     n = len(tools)
     if n == 0:
         return Admitted(session.at(now))
-    grant = session.grant
+    grant, tier = session.grant, admission.data_sensitivity
     limit = grant.rate_limit_per_minute
     window_secs = grant.rate_limit_window_secs
     elapsed = now >= session.rate_window_start + window_secs * MICROSECONDS

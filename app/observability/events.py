@@ -29,9 +29,9 @@ class Events:
                 "session denied", agent_id=short(agent_id), reason=decision.code.value
             )
             return
-        session, replayed = decision
-        self._metrics.decisions["create", "replayed" if replayed else "admitted"] += 1
-        if not replayed:
+        session = decision.session
+        self._metrics.decisions["create", "replayed" if decision.replayed else "admitted"] += 1
+        if not decision.replayed:
             self._metrics.created += 1
             self._log.info(
                 "session created",
