@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test lint install lock clean
+.PHONY: serve test lint bench bench-quick install lock clean
 
 serve: .venv/runtime
 	$(BIN)/python -m app
@@ -19,6 +19,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# On a quiet machine; wrk makes better load than the bundled client (apt-get install wrk).
+bench: .venv/dev
+	$(BIN)/python -m bench
+
+bench-quick: .venv/dev
+	$(BIN)/python -m bench --quick
 
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/dev

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.auth import Scope, new_key
@@ -74,8 +75,20 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     # Port 0 asks the system for a free one, and the first line of the log says which.
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
-    config = uvicorn.Config(
-        create_app(settings),
+    server = uvicorn.Server(server_config(create_app(settings)))
+    # uvicorn stops in order and then raises the signal again: being told to stop is success.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        return 0
+    return 0 if server.started else 1
+
+
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves us."""
+    return uvicorn.Config(
+        app,
         log_config=None,
         access_log=False,
         # Nothing here depends on the address of the client.
@@ -84,14 +97,6 @@ def _serve(_: argparse.Namespace) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECS,
         timeout_graceful_shutdown=GRACE_SECS,
     )
-    server = uvicorn.Server(config)
-    # uvicorn stops in order and then raises the signal again: being told to stop is success.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        return 0
-    return 0 if server.started else 1
 
 
 def _config(_: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from pydantic_core import to_json
 
 from app.domain.admission import Admitted, DenialCode, Denied
 from app.domain.session import MICROSECONDS, Grant, Session
+from app.domain.tools import AllowList
 from app.store.base import Page
 
 Headers = list[tuple[bytes, bytes]]
@@ -31,12 +32,17 @@ class Answer(NamedTuple):
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@lru_cache(maxsize=4096)
 def instant(microseconds: int) -> bytes:
-    """An instant as RFC 3339, section 5.6, in UTC with six decimals. Kept for a while, since
-    the start of a rate window is told with every call in it."""
-    moment = _EPOCH + timedelta(microseconds=microseconds)
-    return moment.isoformat(timespec="microseconds")[:-6].encode() + b"Z"
+    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
+    secs, rest = divmod(microseconds, MICROSECONDS)
+    return b"%b.%06dZ" % (_second(secs), rest)
+
+
+@lru_cache(maxsize=8192)
+def _second(secs: int) -> bytes:
+    # Kept for a while: sessions begin, end and open their windows in the same seconds.
+    moment = _EPOCH + timedelta(seconds=secs)
+    return moment.isoformat(timespec="seconds")[:-6].encode()
 
 
 class _Fixed(NamedTuple):
@@ -66,25 +72,34 @@ def _fixed(session: Session) -> _Fixed:
 
 
 def _encode_fixed(session: Session) -> bytes:
+    # By hand, since with very many sessions most answers need it: texts that could hold
+    # anything are encoded by the library, ids and tiers need no escaping.
     grant = session.grant
     rate = grant.rate_limit_per_minute
-    fields = {
-        "session_id": session.session_id,
-        "agent_id": grant.agent_id,
-        "declared_intent": grant.declared_intent,
-        "delegation_chain_snapshot": grant.delegation_chain_snapshot,
-        "authorized_tools": grant.authorized_tools.entries,
-        "time_limit_secs": grant.time_limit_secs,
-        "call_budget": grant.call_budget,
-        **({} if rate is None else {"rate_limit_per_minute": rate}),
-        "rate_limit_window_secs": grant.rate_limit_window_secs,
-        "data_sensitivity_ceiling": grant.data_sensitivity_ceiling.value,
-    }
-    return b'%b,"created_at":"%b","expires_at":"%b"' % (
-        to_json(fields)[:-1],
+    return (
+        b'{"session_id":"%b","agent_id":"%b","declared_intent":%b,'
+        b'"delegation_chain_snapshot":%b,"authorized_tools":%b,"time_limit_secs":%d,'
+        b'"call_budget":%d,%b"rate_limit_window_secs":%d,"data_sensitivity_ceiling":"%b",'
+        b'"created_at":"%b","expires_at":"%b"'
+    ) % (
+        session.session_id.encode(),
+        grant.agent_id.encode(),
+        to_json(grant.declared_intent),
+        to_json(grant.delegation_chain_snapshot),
+        _encode_tools(grant.authorized_tools),
+        grant.time_limit_secs,
+        grant.call_budget,
+        b"" if rate is None else b'"rate_limit_per_minute":%d,' % rate,
+        grant.rate_limit_window_secs,
+        grant.data_sensitivity_ceiling.encode(),
         instant(session.created_at),
         instant(session.expires_at),
     )
+
+
+@lru_cache(maxsize=1024)
+def _encode_tools(tools: AllowList) -> bytes:
+    return to_json(tools.entries)
 
 
 def _policy(grant: Grant) -> tuple[bytes, bytes]:

@@ -24,10 +24,11 @@ class AllowList:
     caller's `a*a*a*…` could hold the process for minutes.
     """
 
-    __slots__ = ("_exact", "_globs", "_prefixes", "entries")
+    __slots__ = ("_exact", "_globs", "_hash", "_prefixes", "entries")
 
     def __init__(self, entries: tuple[str, ...]) -> None:
         self.entries = entries
+        self._hash = hash(entries)
         self._exact = frozenset(entry for entry in entries if "*" not in entry)
         globs = [tuple(entry.split("*")) for entry in entries if "*" in entry]
         # `fs.*` is by far the commonest shape; str.startswith tests all of them in one call.
@@ -53,10 +54,12 @@ class AllowList:
         return self._exact.issuperset(names) or all(self.allows(name) for name in names)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return isinstance(other, AllowList) and self.entries == other.entries
 
     def __hash__(self) -> int:
-        return hash(self.entries)
+        return self._hash
 
     def __repr__(self) -> str:
         return f"AllowList.of({self.entries!r})"

@@ -1,0 +1,160 @@
+"""`python -m bench [--quick]`: every figure of the README, in one run.
+
+Servers run one at a time under load, on one core, the load generator on another. The
+contestants take turns, round after round, so that a slow minute of the machine is
+everybody's; ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
+from bench.report import Required, load_row, median, plot
+from bench.servers import BATCH_SIZE, batches, ours, peer
+
+PLOT = Path(__file__).parent / "live_sessions.svg"
+WARM_UP_SECS = 1.0
+
+
+def take_turns(
+    contestants: dict[str, Target], rounds: int, secs: float, scratch: Path
+) -> dict[str, list[Load]]:
+    """Rounds of load, each contestant once in each."""
+    for target in contestants.values():
+        press(target, WARM_UP_SECS, scratch)
+    found: dict[str, list[Load]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        print(f"  round {number + 1} of {rounds}", file=sys.stderr)
+        for name, target in contestants.items():
+            found[name].append(press(target, secs, scratch))
+    return found
+
+
+def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
+    """The contestants at 32 connections."""
+    with ExitStack() as stack:
+        fast = stack.enter_context(ours(scratch))
+        contestants = {
+            "bare ASGI": stack.enter_context(peer("bare_asgi", scratch)),
+            "naive FastAPI": stack.enter_context(peer("naive_fastapi", scratch)),
+            "Arbiter": fast,
+            "Arbiter, no fast lane": stack.enter_context(ours(scratch, fast_lane=False)),
+            f"Arbiter, batches of {BATCH_SIZE}": batches(fast, scratch),
+        }
+        return take_turns(contestants, rounds, secs, scratch)
+
+
+def grow(sizes: list[int], rounds: int, secs: float, scratch: Path) -> dict[int, Load]:
+    """The service with more and more live sessions, a random one asked each time."""
+    with ExitStack() as stack:
+        contestants = {
+            str(size): stack.enter_context(ours(scratch, sessions=size)) for size in sizes
+        }
+        found = take_turns(contestants, rounds, secs, scratch)
+    return {int(name): median(each) for name, each in found.items()}
+
+
+def in_process(sessions: int) -> dict[str, float]:
+    """The figures of `bench.in_process`, from a process of its own."""
+    output = subprocess.run(
+        [*pinned(SERVER_CORE), sys.executable, "-m", "bench.in_process", str(sessions)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    found: dict[str, float] = json.loads(output)
+    return found
+
+
+def required(
+    turns: dict[str, list[Load]], sizes: dict[int, Load], parts: dict[str, float]
+) -> list[Required]:
+    """What must be reached, and whether it was."""
+    rate = {name: median(each).per_sec for name, each in turns.items()}
+    tools_per_sec = rate[f"Arbiter, batches of {BATCH_SIZE}"] * BATCH_SIZE
+    few, many = min(sizes), max(sizes)
+    return [
+        Required("calls/s ÷ bare ASGI", rate["Arbiter"] / rate["bare ASGI"], 0.70),
+        Required("calls/s ÷ naive FastAPI", rate["Arbiter"] / rate["naive FastAPI"], 3.3),
+        Required(
+            f"batch of {BATCH_SIZE}: tool decisions/s ÷ single calls/s",
+            tools_per_sec / rate["Arbiter"],
+            8,
+        ),
+        Required(
+            f"p99 at {many:,} live sessions ÷ at {few:,}",
+            sizes[many].p99_ms / sizes[few].p99_ms,
+            1.5,
+            at_most=True,
+        ),
+        Required(
+            "one decision at 256 tools ÷ at 3",
+            parts["decision_256_us"] / parts["decision_3_us"],
+            1.3,
+            at_most=True,
+        ),
+        Required("longest pause under churn, ms", parts["longest_pause_ms"], 10, at_most=True),
+        Required("bytes per session", parts["bytes_per_session"], 1024, at_most=True),
+    ]
+
+
+def machine() -> str:
+    """What this ran on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0].partition(":")[2].strip() if names else model
+    client = "wrk" if WRK else "the bundled client, which is slower than wrk"
+    return (
+        f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+        f"{client}, {CONNECTIONS} connections"
+    )
+
+
+def main() -> int:
+    """Run everything and print it; 0 also if something falls short."""
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser.add_argument("--quick", action="store_true", help="under two minutes, rougher")
+    quick = parser.parse_args().quick
+    rounds, secs = (2, 2.0) if quick else (5, 5.0)
+    sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        print("contestants", file=sys.stderr)
+        turns = compare(rounds, secs, scratch)
+        print("live sessions", file=sys.stderr)
+        by_size = grow(sizes, rounds, secs, scratch)
+    print("in process", file=sys.stderr)
+    parts = in_process(sizes[-1])
+
+    print(f"{machine()}\n\n| contestant | calls/s | spread | p99, ms |\n|---|---|---|---|")
+    for contestant, found in turns.items():
+        print(load_row(contestant, found))
+    print("\n| live sessions | calls/s | p99, ms |\n|---|---|---|")
+    for size, load in by_size.items():
+        print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
+    print("\n| in process | |\n|---|---|")
+    for part, value in parts.items():
+        print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
+    print("\n| must reach | found | bound | |\n|---|---|---|---|")
+    for each in required(turns, by_size, parts):
+        print(each.row())
+    if not quick:
+        plot(by_size, PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

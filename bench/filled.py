@@ -1,0 +1,61 @@
+"""`python -m bench.filled SESSIONS FILE`: the service as `python -m app` serves it, over a
+memory store that already holds so many sessions. Their call paths go into the file."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from pathlib import Path
+
+import uvicorn
+
+from app.__main__ import server_config
+from app.api.fast_lane import FastLane
+from app.domain.session import Grant
+from app.domain.tools import AllowList
+from app.main import create_framework
+from app.settings import load_settings
+from app.store.base import StoreLimits
+from app.store.memory import MemoryStore
+
+SESSIONS_PER_AGENT = 10
+
+
+async def fill(store: MemoryStore, sessions: int) -> list[str]:
+    """Put sessions into the store; their ids."""
+    ids = []
+    agent = ""
+    for number in range(sessions):
+        if number % SESSIONS_PER_AGENT == 0:
+            agent = str(uuid.uuid4())
+        session_id = str(uuid.uuid4())
+        await store.create(
+            session_id,
+            Grant(
+                agent_id=agent,
+                declared_intent=f"bench task {number}",
+                authorized_tools=AllowList.of(("read_file", "list_dir", "fs.read")),
+                time_limit_secs=3600 + number % 3600,
+                call_budget=2_000_000_000,
+                rate_limit_per_minute=2_000_000_000,
+            ),
+        )
+        ids.append(session_id)
+    return ids
+
+
+def main() -> None:
+    sessions, paths = int(sys.argv[1]), Path(sys.argv[2])
+    settings = load_settings()
+    store = MemoryStore(StoreLimits(max_sessions=sessions + 1))
+    ids = asyncio.run(fill(store, sessions))
+    paths.write_text("".join(f"/sessions/{each}/calls\n" for each in ids))
+    framework = create_framework(settings, store)
+    config = server_config(FastLane(framework) if settings.fast_lane else framework)
+    config.port = settings.port
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Load from one process on a core of its own: wrk if there is one, else a closed-loop client
+of asyncio, which is slower than what it measures and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+SERVER_CORE, LOAD_CORE = "0", "1"
+CONNECTIONS = 32
+WRK = shutil.which("wrk")
+_UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
+_LUA = """
+local paths = {}
+for line in io.lines(os.getenv("BENCH_PATHS")) do paths[#paths + 1] = line end
+local headers = { ["content-type"] = "application/json",
+                  ["authorization"] = os.getenv("BENCH_AUTHORIZATION") }
+local body = os.getenv("BENCH_BODY")
+function init() math.randomseed(os.time()) end
+function request()
+  return wrk.format("POST", paths[math.random(#paths)], headers, body)
+end
+"""
+
+
+class Load(NamedTuple):
+    """What a round of load found."""
+
+    per_sec: float
+    p99_ms: float
+
+
+class Target(NamedTuple):
+    """What to ask, over and over: a random one of the paths in a file."""
+
+    port: int
+    paths: Path
+    body: str
+    authorization: str
+
+
+def pinned(core: str) -> list[str]:
+    """How to start a command on one core, where the system can."""
+    return ["taskset", "-c", core] if shutil.which("taskset") and os.cpu_count() != 1 else []
+
+
+def press(target: Target, secs: float, scratch: Path) -> Load:
+    """Put load on a server for some seconds. Raises `RuntimeError` if any answer is not 2xx:
+    refusals would be cheaper than what is measured."""
+    environment = os.environ | {
+        "BENCH_PATHS": str(target.paths),
+        "BENCH_BODY": target.body,
+        "BENCH_AUTHORIZATION": target.authorization,
+    }
+    url = f"http://127.0.0.1:{target.port}/"
+    if WRK is None:
+        command = [sys.executable, "-m", "bench.load", url, str(secs)]
+    else:
+        script = scratch / "load.lua"
+        script.write_text(_LUA)
+        connections = ["-t1", f"-c{CONNECTIONS}", f"-d{secs:g}s", "--latency"]
+        command = [WRK, *connections, "-s", str(script), url]
+    output = subprocess.run(
+        [*pinned(LOAD_CORE), *command],
+        env=environment,
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=secs + 60,
+    ).stdout
+    return _parse_own(output) if WRK is None else _parse_wrk(output)
+
+
+def _parse_wrk(output: str) -> Load:
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise RuntimeError(f"not every call was admitted:\n{output}")
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", output)
+    if rate is None or p99 is None:
+        raise RuntimeError(f"wrk said something unexpected:\n{output}")
+    return Load(float(rate[1]), float(p99[1]) * _UNITS_MS[p99[2]])
+
+
+def _parse_own(output: str) -> Load:
+    found = json.loads(output)
+    if found["refused"]:
+        raise RuntimeError(f"not every call was admitted: {found['refused']} were not")
+    return Load(found["per_sec"], found["p99_ms"])
+
+
+async def _connection(
+    port: int, requests: list[bytes], until: float, times: list[float]
+) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    refused = 0
+    while (started := time.perf_counter()) < until:
+        writer.write(random.choice(requests))
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        await reader.readexactly(int(length[1]) if length else 0)
+        refused += not head.startswith(b"HTTP/1.1 2")
+        times.append(time.perf_counter() - started)
+    writer.close()
+    return refused
+
+
+async def _own_client(port: int, secs: float, paths: list[str]) -> None:
+    body = os.environ["BENCH_BODY"].encode()
+    headers = (
+        f"host: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"authorization: {os.environ['BENCH_AUTHORIZATION']}\r\ncontent-length: {len(body)}"
+    )
+    requests = [f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body for path in paths]
+    times: list[float] = []
+    until = time.perf_counter() + secs
+    workers = [_connection(port, requests, until, times) for _ in range(CONNECTIONS)]
+    refused = sum(await asyncio.gather(*workers))
+    times.sort()
+    p99_ms = times[int(len(times) * 0.99)] * 1000
+    print(json.dumps({"per_sec": len(times) / secs, "p99_ms": p99_ms, "refused": refused}))
+
+
+if __name__ == "__main__":
+    asyncio.run(
+        _own_client(
+            int(sys.argv[1].strip("/").rpartition(":")[2]),
+            float(sys.argv[2]),
+            Path(os.environ["BENCH_PATHS"]).read_text().split(),
+        )
+    )

@@ -1,0 +1,99 @@
+"""The contestants: processes on one core, on ports of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from app.api.auth import Scope, new_key
+from bench.load import SERVER_CORE, Target, pinned
+
+SESSION = {
+    "agent_id": "7c9e6679-7425-40de-944b-e07fc1f90ae7",
+    "declared_intent": "bench",
+    "authorized_tools": ["read_file", "list_dir", "fs.read"],
+    "call_budget": 2_000_000_000,
+    "rate_limit_per_minute": 2_000_000_000,
+}
+CALL = '{"tool_name":"read_file"}'
+BATCH_SIZE = 16
+BATCH = '{"tool_names":[' + ",".join(['"read_file"'] * BATCH_SIZE) + "]}"
+START_SECS = 180
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _process(
+    command: list[str], port: int, path: str, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [*pinned(SERVER_CORE), sys.executable, *command],
+        env=os.environ | variables,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + START_SECS
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}{path}")
+                break
+            except httpx.ConnectError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command} did not start") from None
+                time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@contextmanager
+def peer(name: str, scratch: Path) -> Iterator[Target]:
+    """A peer from `bench/peers`, with one session if it has any."""
+    port = free_port()
+    command = ["-m", "uvicorn", f"bench.peers.{name}:app", "--port", str(port)]
+    command += ["--no-access-log", "--loop", "uvloop", "--http", "httptools"]
+    with _process(command, port, "/"):
+        paths = scratch / f"{name}.paths"
+        answer = httpx.post(f"http://127.0.0.1:{port}/sessions", json=SESSION).json()
+        paths.write_text(f"/sessions/{answer['session_id']}/calls\n")
+        yield Target(port, paths, CALL, "none")
+
+
+@contextmanager
+def ours(scratch: Path, *, sessions: int = 1, fast_lane: bool = True) -> Iterator[Target]:
+    """The service with production defaults and a key, over a store of so many sessions."""
+    port = free_port()
+    key, token = new_key("gate", Scope.PROXY)
+    paths = scratch / f"ours-{port}.paths"
+    with _process(
+        ["-m", "bench.filled", str(sessions), str(paths)],
+        port,
+        "/readyz",
+        ARBITER_PORT=str(port),
+        ARBITER_API_KEYS=str(key),
+        ARBITER_LOG_FORMAT="json",
+        ARBITER_FAST_LANE=str(fast_lane).lower(),
+    ):
+        yield Target(port, paths, CALL, f"Bearer {token}")
+
+
+def batches(target: Target, scratch: Path) -> Target:
+    """The same sessions, asked for batches."""
+    paths = scratch / f"batch-{target.port}.paths"
+    paths.write_text(target.paths.read_text().replace("/calls", "/batch"))
+    return target._replace(paths=paths, body=BATCH)
