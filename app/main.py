@@ -7,6 +7,7 @@ Nothing is opened at import. `app` is made when somebody asks for it, so that
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -91,7 +92,10 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        made = create_app(load_settings())
+        settings = load_settings()
+        if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
+            settings.check_workers()
+        made = create_app(settings)
     except BadSettings as error:
         print(f"arbiter: {error}", file=sys.stderr)
         raise SystemExit(2) from None

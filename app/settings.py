@@ -6,6 +6,7 @@ error: a typo must not fall back to something less safe.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.api.auth import ApiKey, is_loopback
 from app.observability.logs import LogFormat, LogLevel
-from app.store import scheme_of
+from app.store import open_store, scheme_of
+from app.store.base import StoreLimits
 
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400
 REDACTED = "***"
+
+
+_ONE_PROCESS = "with the memory store: every worker would have sessions and budgets of its own"
 
 
 class BadSettings(Exception):
@@ -67,17 +72,20 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _known_store(cls, value: str) -> str:
-        scheme_of(value)
+        # Made and thrown away: a store connects to nothing before it is opened.
+        open_store(value, StoreLimits())
         return value
 
     @model_validator(mode="after")
     def _one_worker_in_memory(self) -> Settings:
         if self.workers > 1 and scheme_of(self.store_url) == "memory":
-            raise ValueError(
-                "ARBITER_WORKERS must be 1 with the memory store: every worker would have "
-                "sessions and budgets of its own"
-            )
+            raise ValueError(f"ARBITER_WORKERS must be 1 {_ONE_PROCESS}")
         return self
+
+    def check_workers(self) -> None:
+        """Raise `BadSettings` if several processes cannot share the store."""
+        if scheme_of(self.store_url) == "memory":
+            raise BadSettings(f"uvicorn must not have --workers {_ONE_PROCESS}")
 
     def check_bind(self) -> None:
         """Raise `BadSettings` if the service would be open to other machines."""
@@ -108,23 +116,38 @@ def _text(value: object) -> str:
 
 
 def redact_url(url: str) -> str:
-    """The URL without its password."""
+    """The URL without its password and the values of its query."""
     parts = urlsplit(url)
+    if parts.query:
+        parts = parts._replace(query=REDACTED)
     if parts.password is None:
-        return url
+        return urlunsplit(parts) if parts.query else url
     user, _, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:{REDACTED}@{host}"))
 
 
 def load_settings() -> Settings:
     """The settings of this process. Raises `BadSettings`."""
-    env_file = Path(".env")
-    names = [*os.environ, *(dotenv_values(env_file) if env_file.is_file() else ())]
-    _refuse_unknown(names)
+    _refuse_unknown([*os.environ, *_names_in(Path(".env"))])
     try:
         return Settings()
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(each) for each in error.errors())) from None
+
+
+def _names_in(env_file: Path) -> list[str]:
+    """The names in `.env`. Raises `BadSettings` for a line that would be passed over: a key
+    that is misspelt must not leave the service open."""
+    if not env_file.is_file():
+        return []
+    try:
+        bindings = list(parse_stream(io.StringIO(env_file.read_text(encoding="utf-8"))))
+    except UnicodeDecodeError:
+        raise BadSettings(f"{env_file} is not UTF-8") from None
+    for each in bindings:
+        if each.error or (each.key is not None and each.value is None):
+            raise BadSettings(f"{env_file}, line {each.original.line}: write NAME=value")
+    return [each.key for each in bindings if each.key is not None]
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:

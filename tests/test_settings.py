@@ -16,11 +16,8 @@ DIGEST = "0123456789abcdef" * 4
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings of the machine, and no .env but the test's own."""
+    """No .env but the test's own."""
     monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("ARBITER_"):
-            monkeypatch.delenv(name)
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
@@ -57,6 +54,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ({"ARBITER_ALLOW_UNAUTHENTICATED": "maybe"}, "ARBITER_ALLOW_UNAUTHENTICATED: "),
         ({"ARBITER_LOG_LEVEL": "loud"}, "ARBITER_LOG_LEVEL: "),
         ({"ARBITER_STORE_URL": "mongo://x"}, "use one of: memory://"),
+        ({"ARBITER_STORE_URL": "memory://x"}, "write memory://"),
         ({"ARBITER_API_KEYS": "gate:proxy:nope"}, "ARBITER_API_KEYS: "),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{DIGEST}"}, "same name"),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},"}, "ARBITER_API_KEYS: "),
@@ -103,6 +101,23 @@ def test_settings_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert "ARBITER_PROT" in refused(monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ARBITER_API_KEYS: gate:proxy:" + DIGEST.encode(),
+        b"ARBITER_API_KEYS",
+        b"ARBITER_API_KEYS='gate",
+        b"ARBITER_API_KEYS=\xff",
+    ],
+)
+def test_a_line_of_the_file_that_says_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    (tmp_path / ".env").write_bytes(text)
+
+    assert ".env" in refused(monkeypatch)
+
+
 def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARBITER_API_KEYS", f"gate:proxy:{DIGEST}")
 
@@ -119,6 +134,7 @@ def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory://", "memory://"),
         ("redis://u:pw@host:1/0", "redis://u:***@host:1/0"),
         ("redis://:pw@host", "redis://:***@host"),
+        ("redis://host?password=pw", "redis://host?***"),
     ],
 )
 def test_passwords_in_urls_are_not_printed(url: str, printed: str) -> None:
@@ -158,6 +174,24 @@ class TestCommands:
 
         assert ended.returncode == 2
         assert ended.stderr.startswith("arbiter: ARBITER_PORT: ")
+
+    def test_uvicorn_workers_cannot_share_a_memory_store(self) -> None:
+        root = Path(__file__).parent.parent
+        served = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "app.main:app", "--workers", "2", "--port", "0"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(root)},
+        )
+        try:
+            assert served.stderr is not None
+            said = next(line for line in served.stderr if line.startswith("arbiter: "))
+        finally:
+            served.terminate()
+            served.communicate(timeout=60)
+
+        assert "must not have --workers with the memory store" in said
 
     def test_config_prints_every_setting_redacted(self) -> None:
         printed = run("config", ARBITER_API_KEYS=f"gate:proxy:{DIGEST}").stdout

@@ -8,10 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
-from starlette.types import Scope
+from starlette.routing import Match, Route
 
 from app import __version__
 from app.api import pages, routes
@@ -80,7 +78,7 @@ def _on_error(request: Request, error: Exception) -> Response:
         case HTTPException(status_code=404):
             refused = Refused(ProblemCode.NOT_FOUND)
         case HTTPException(status_code=405):
-            allow = ", ".join(_allowed_methods(request.scope)).encode()
+            allow = ", ".join(_allowed_methods(request)).encode()
             refused = Refused(ProblemCode.METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
         case _:
             raise error
@@ -96,12 +94,12 @@ def _field_error(error: dict[str, Any]) -> dict[str, str]:
     return {"in": location, "field": "/".join(path), "detail": detail}
 
 
-def _allowed_methods(scope: Scope) -> list[str]:
+def _allowed_methods(request: Request) -> list[str]:
     """Every method that some route has at this path. Starlette's own `Allow` header names
     those of the first such route only."""
     methods: set[str] = set()
-    for router in _ROUTERS:
-        for route in router.routes:
-            if isinstance(route, APIRoute) and route.matches(scope)[0] is not Match.NONE:
-                methods |= route.methods or set()
+    routes = [*request.app.routes, *(each for router in _ROUTERS for each in router.routes)]
+    for route in routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
     return sorted(methods)

@@ -13,6 +13,7 @@ from app.api.auth import Scope
 from app.api.problem_types import PROBLEMS, ProblemCode, problem_type_path
 from app.api.schemas import Count
 from app.domain.admission import NextAction
+from app.domain.session import MAX_INT32
 
 TAGS = [
     {"name": "sessions", "description": "Issue and end task sessions."},
@@ -150,7 +151,9 @@ _DENIAL_EXAMPLES: dict[ProblemCode, dict[str, Any]] = {
 
 
 def _header(description: str, kind: str = "string") -> dict[str, Any]:
-    schema = {"type": kind} | ({"format": "int32"} if kind == "integer" else {})
+    schema: dict[str, Any] = {"type": kind}
+    if kind == "integer":
+        schema |= {"format": "int32", "minimum": 1, "maximum": MAX_INT32}
     return {"description": description, "schema": schema}
 
 

@@ -103,7 +103,7 @@ DryRun = Annotated[
 ]
 Limit = Annotated[
     int,
-    BeforeValidator(_digits),
     Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),
+    BeforeValidator(_digits),
     Query(description="Sessions on a page."),
 ]

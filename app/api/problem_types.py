@@ -87,7 +87,7 @@ PROBLEMS = {
         "The session's call budget does not allow so many more calls.",
         "A budget never refills, so that waiting cannot help. A batch larger than what is "
         "left can be sent in parts up to calls_remaining; otherwise create a new session.",
-        "The call budget of this task is used up; a new session is needed to go on.",
+        "The call budget of this task does not allow it; a new session is needed to go on.",
     ),
     ProblemCode.TOOL_NOT_AUTHORIZED: ProblemType(
         403,
@@ -208,6 +208,11 @@ PROBLEMS = {
         "The call could not be checked; stop here.",
     ),
 }
+
+
+DO_NOT_RETRY = {403, 404, 408, 409, 429}
+"""Statuses that client libraries may retry by themselves and, unless the problem says
+otherwise, must not."""
 
 
 def problem_type_path(code: ProblemCode) -> str:

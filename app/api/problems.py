@@ -8,13 +8,12 @@ from typing import Any
 from pydantic_core import to_json
 
 from app.api.answers import Answer, Headers, has_rate_headers, rate_headers
-from app.api.problem_types import PROBLEMS, ProblemCode, problem_type_path
-from app.domain.admission import Denied, NextAction, Violation
+from app.api.problem_types import DO_NOT_RETRY, PROBLEMS, ProblemCode, problem_type_path
+from app.domain.admission import NO_SESSION, Denied, NextAction, Violation
 from app.domain.errors import ArbiterError, InvalidField, Overloaded, StoreUnavailable
 
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
 _SHOULD_RETRY = b"x-should-retry"
-_DO_NOT_RETRY = {403, 404, 408, 409, 429}
 _RETRY_SOON = 1
 """Seconds after which a transient error may have passed."""
 _TRANSIENT = {"retryable": True, "next_action": NextAction.WAIT.value}
@@ -40,6 +39,8 @@ class Refused(Exception):
 
 def refused_answer(refused: Refused, request_id: str) -> Answer:
     """The answer to a request that was refused before the service was asked."""
+    if refused.code is ProblemCode.SESSION_NOT_FOUND:
+        return denied_answer(NO_SESSION, request_id)
     extra = {} if refused.errors is None else {"errors": refused.errors}
     return _answer(refused.code, request_id, refused.detail, extra, refused.headers)
 
@@ -55,7 +56,7 @@ def error_answer(error: ArbiterError, request_id: str) -> Answer:
         case StoreUnavailable():
             return _answer(ProblemCode.STORE_UNAVAILABLE, request_id, None, _TRANSIENT, [])
         case Overloaded():
-            return _answer(ProblemCode.OVERLOADED, request_id, None, _TRANSIENT, [])
+            return _answer(ProblemCode.OVERLOADED, request_id, str(error), _TRANSIENT, [])
     raise error
 
 
@@ -117,6 +118,6 @@ def _answer(
         answer_headers.append((b"retry-after", b"%d" % _RETRY_SOON))
     if extra.get("retryable"):
         answer_headers.append((_SHOULD_RETRY, b"true"))
-    elif kind.status in _DO_NOT_RETRY:
+    elif kind.status in DO_NOT_RETRY:
         answer_headers.append((_SHOULD_RETRY, b"false"))
     return Answer(kind.status, answer_headers, encoded)

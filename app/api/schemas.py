@@ -203,7 +203,6 @@ class Session(BaseModel):
     """A session as it is now."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {

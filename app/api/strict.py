@@ -32,6 +32,11 @@ class StrictRequest(Request):
         """Read and parse the body. Raises `Refused`."""
         check_content_type(self.headers.getlist("content-type"))
         self._body = await self._read()
+        if not self._body and "upgrade" in self.headers:
+            raise _malformed(
+                "The body was not read: send the request without an Upgrade header "
+                "(curl: --http1.1)."
+            )
         self._json = parse_json(self._body)
 
     async def _read(self) -> bytes:

@@ -99,6 +99,10 @@ class Denied:
     used: int | None = None
 
 
+NO_SESSION = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
+"""Rule 1: there is no such session."""
+
+
 def bar(session: Session, agent_id: str | None, now: int) -> Denied | None:
     """Rules 2 to 4: the denial of a caller who may not use this session now, whatever the
     call, or `None`."""
@@ -171,10 +175,9 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
         found.append(
             Violation(DenialCode.BUDGET_EXCEEDED, grant.call_budget, session.calls_made)
         )
+    allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
     unauthorized = tuple(
-        index
-        for index, name in enumerate(admission.tool_names)
-        if not grant.authorized_tools.allows(name)
+        index for index, name in enumerate(admission.tool_names) if not allowed[name]
     )
     if unauthorized:
         found.append(Violation(DenialCode.TOOL_NOT_AUTHORIZED, tool_indexes=unauthorized))

@@ -110,13 +110,6 @@ class Session(msgspec.Struct, frozen=True, gc=False):
         return self.calls_remaining > 0 and self.status is SessionStatus.ACTIVE
 
     @property
-    def ended_at(self) -> int:
-        """The instant at which the session ended or will end."""
-        if self.closed_at is None:
-            return self.expires_at
-        return min(self.closed_at, self.expires_at)
-
-    @property
     def window_ends_at(self) -> int:
         """The first instant at which the current rate window has elapsed."""
         return self.rate_window_start + self.grant.rate_limit_window_secs * MICROSECONDS

@@ -1,8 +1,8 @@
 """Structured logs on standard error: JSON objects, one a line, or text for a terminal.
 
 Nothing a client sends can break or forge a line: JSON escapes it, and the terminal format
-prints every string with its control characters escaped. Ids are shortened, since a whole
-session id is a capability.
+prints every string, tracebacks aside, with its control characters escaped. Ids are
+shortened, since a whole session id is a capability.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
     # Says at info what our own lines say, and prints request data at debug.
     for name in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    # Its lines would hold whole session ids.
+    access = logging.getLogger("uvicorn.access")
+    access.handlers, access.propagate = [], False
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(root.level),

@@ -36,7 +36,8 @@ class StoreLimits:
 
     retention_secs: int = 300
     max_sessions: int = 1_000_000
-    """Sessions in the store, ended ones that are not yet removed included."""
+    """Sessions in the store, ended ones that are not yet removed included; and apart from
+    them, creations that are remembered by their idempotency key."""
     max_active_sessions_per_agent: int | None = None
 
 
@@ -122,7 +123,7 @@ class SessionStore(ABC):
         admitted before in this session, and while rules 2 to 4 hold, answer with the
         session of that time (`replayed`) and count nothing if the admission is equal, else
         `idempotency_conflict`. A dry run answers the same and records nothing, the key
-        included.
+        included; nor is the key of an empty batch remembered.
 
         The cost does not depend on the number of sessions or, for exact tool names, on the
         length of the allow-list.
@@ -165,5 +166,6 @@ class SessionStore(ABC):
     async def cleanup_expired(self, limit: int) -> Swept:
         """Remove up to `limit` sessions that ended at least `retention_secs` ago.
 
-        The work is bounded by `limit`, so that a caller can yield between slices.
+        What is remembered with a session counts as well: the work is bounded by `limit`, so
+        that a caller can yield between slices.
         """

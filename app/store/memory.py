@@ -17,6 +17,7 @@ from itertools import islice
 from typing_extensions import override
 
 from app.domain.admission import (
+    NO_SESSION,
     Admission,
     Admitted,
     DenialCode,
@@ -43,7 +44,6 @@ from app.store.sharded import ShardedDict
 Clock = Callable[[], int]
 """Microseconds since the Unix epoch, never running backwards."""
 
-_NOT_FOUND = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
 _CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
 
 
@@ -115,8 +115,13 @@ class MemoryStore(SessionStore):
                     return _CONFLICT
                 return Admitted(known.session, replayed=True)
         full = self._limits.max_sessions
-        if len(self._sessions) >= full or (idempotency and len(self._creations) >= full):
+        if len(self._sessions) >= full:
             raise Overloaded
+        if idempotency is not None and len(self._creations) >= full:
+            raise Overloaded(
+                "The service remembers as many creations with an Idempotency-Key as it is "
+                "configured to; nothing was created."
+            )
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
             active = self._open.count_alive_of(grant.agent_id, now)
@@ -145,7 +150,7 @@ class MemoryStore(SessionStore):
         sessions = self._sessions.shard(session_id)
         session = sessions.get(session_id)
         if session is None:
-            return _NOT_FOUND
+            return NO_SESSION
         now = self._clock()
         if idempotency is not None:
             known = (self._replays.get(session_id) or {}).get(idempotency)
@@ -158,7 +163,8 @@ class MemoryStore(SessionStore):
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and not dry_run:
             sessions[session_id] = decision.session
-            if idempotency is not None:
+            # Repeating an empty batch costs nothing, and its keys would have no bound.
+            if idempotency is not None and admission.tool_names:
                 replays = self._replays.get(session_id)
                 if replays is None:
                     replays = self._replays[session_id] = {}
@@ -169,7 +175,7 @@ class MemoryStore(SessionStore):
     async def close(self, session_id: str) -> Session | Denied:
         session = self._sessions.get(session_id)
         if session is None:
-            return _NOT_FOUND
+            return NO_SESSION
         now = self._clock()
         if session.closed_at is not None:
             return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session.at(now))
@@ -181,7 +187,6 @@ class MemoryStore(SessionStore):
         self._open.remove(session)
         self._closed.add(session)
         self._closings.append((now, session.session_id))
-        self._replays.discard(session.session_id)
         return closed
 
     @override
@@ -232,37 +237,49 @@ class MemoryStore(SessionStore):
     async def cleanup_expired(self, limit: int) -> Swept:
         now = self._clock()
         cutoff = now - self._limits.retention_secs * MICROSECONDS
-        expired = self._remove_overdue(self._open, cutoff, limit)
-        closed = self._remove_overdue(self._closed, cutoff, limit - expired)
-        looked_at = expired + closed
-        while looked_at < limit and self._closings and self._closings[0][0] <= cutoff:
-            _, session_id = self._closings.popleft()
-            looked_at += 1
-            if self._sessions.get(session_id) is not None:
-                self._remove(session_id, self._closed)
-                closed += 1
-        while looked_at < limit and self._forgettings and self._forgettings[0][0] <= now:
+        removed = {self._open: 0, self._closed: 0}
+        left = limit
+        while left > 0 and (due := self._next_due(cutoff)) is not None:
+            session_id, index = due
+            left -= self._forget_replays(session_id, left)
+            if left > 0:
+                index.remove(self._sessions.pop(session_id))
+                removed[index] += 1
+                left -= 1
+        while left > 0 and self._forgettings and self._forgettings[0][0] <= now:
             forget_at, key = self._forgettings.popleft()
-            looked_at += 1
+            left -= 1
             # A key used again after its 24 hours has a later turn of its own.
             creation = self._creations.get(key)
             if creation is not None and creation.forget_at == forget_at:
                 self._creations.discard(key)
-        return Swept(expired, closed, more=looked_at >= limit)
+        return Swept(removed[self._open], removed[self._closed], more=left <= 0)
 
-    def _remove_overdue(self, index: SessionIndex, cutoff: int, limit: int) -> int:
-        removed = 0
-        while removed < limit:
+    def _next_due(self, cutoff: int) -> tuple[str, SessionIndex] | None:
+        """A session that ended at `cutoff` or before, and the index that it is in."""
+        for index in (self._open, self._closed):
             earliest = index.earliest()
-            if earliest is None or earliest.expires_at > cutoff:
-                break
-            self._remove(earliest.session_id, index)
-            removed += 1
-        return removed
+            if earliest is not None and earliest.expires_at <= cutoff:
+                return earliest.session_id, index
+        while self._closings and self._closings[0][0] <= cutoff:
+            _, session_id = self._closings[0]
+            if self._sessions.get(session_id) is not None:
+                return session_id, self._closed
+            self._closings.popleft()
+        return None
 
-    def _remove(self, session_id: str, index: SessionIndex) -> None:
-        index.remove(self._sessions.pop(session_id))
-        self._replays.discard(session_id)
+    def _forget_replays(self, session_id: str, limit: int) -> int:
+        """Drop up to `limit` remembered answers of a session; how many. A busy session can
+        have as many as its budget, too many for one slice of a sweep."""
+        replays = self._replays.get(session_id)
+        if replays is None:
+            return 0
+        dropped = min(limit, len(replays))
+        for _ in range(dropped):
+            replays.popitem()
+        if not replays:
+            self._replays.discard(session_id)
+        return dropped
 
 
 _START = Position(-1, "")

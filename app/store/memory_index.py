@@ -28,9 +28,6 @@ class SessionIndex:
         self._by_deadline: SortedList[tuple[int, str]] = SortedList()
         self._by_agent: SortedList[tuple[str, int, str]] = SortedList()
 
-    def __len__(self) -> int:
-        return len(self._by_deadline)
-
     def add(self, session: Session) -> None:
         """Put a session in its place."""
         expires_at = session.expires_at

@@ -6,7 +6,7 @@ import pytest
 
 from app.api.auth import Scope, new_key
 from tests.conftest import Api, MakeApi
-from tests.support import ManualClock, session_request
+from tests.support import ManualClock, new_id, session_request
 
 pytestmark = pytest.mark.anyio
 
@@ -71,6 +71,34 @@ class TestRate:
         assert ("ratelimit" in refused.headers) is rated
         expected = None if retry_after is None else int(retry_after)
         assert refused.json().get("retry_after_secs") == expected
+
+
+async def test_what_cannot_pass_later_is_not_to_be_retried(api: Api) -> None:
+    session_id = (await api.create())["session_id"]
+    await api.client.delete(f"/sessions/{session_id}")
+
+    for answer, status in (
+        (await api.call(session_id), 409),
+        (await api.call(new_id()), 404),
+        (await api.client.get("/nothing"), 404),
+        (await api.client.get(f"/sessions/{new_id()}"), 404),
+        (await api.client.get("/sessions/nope"), 404),
+    ):
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (status, "false")
+
+
+async def test_a_session_that_is_not_found_is_so_in_one_way(api: Api) -> None:
+    bodies = [
+        (await api.call(new_id())).json(),
+        (await api.call("nope")).json(),
+        (await api.client.get(f"/sessions/{new_id()}")).json(),
+        (await api.client.delete(f"/sessions/{new_id()}")).json(),
+    ]
+
+    for body in bodies:
+        del body["request_id"], body["instance"]
+    assert all(body == bodies[0] for body in bodies)
+    assert bodies[0]["next_action"] == "new_session"
 
 
 class TestPrefer:

@@ -286,6 +286,7 @@ async def test_a_body_of_just_the_limit_is_read(api: Api) -> None:
         ("PATCH", f"/sessions/{AGENT}", "DELETE, GET"),
         ("GET", f"/sessions/{AGENT}/calls", "POST"),
         ("DELETE", "/livez", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
         ("OPTIONS", "/sessions", "GET, POST"),
     ],
 )

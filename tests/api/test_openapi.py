@@ -111,8 +111,9 @@ def test_nothing_is_null_and_no_integer_is_unbounded(document: dict[str, Any]) -
         assert "anyOf" not in schema
         if schema.get("type") == "integer":
             assert schema["format"] == "int32"
-            for bound in ("minimum", "maximum"):
-                assert isinstance(schema.get(bound, 0), int)
+            if "description" not in schema or "schema" not in schema:
+                assert isinstance(schema.get("minimum"), int), schema
+                assert isinstance(schema["maximum"], int), schema
 
 
 def test_generated_leftovers_are_gone(document: dict[str, Any]) -> None:
@@ -142,10 +143,6 @@ def test_headers_of_requests_are_described(document: dict[str, Any]) -> None:
     call = document["paths"]["/sessions/{session_id}/calls"]["post"]
     names = {parameter["name"] for parameter in call["parameters"]}
     assert names == {"session_id", "dry_run", "Idempotency-Key", "Prefer"}
-
-
-def resolver_schema(document: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
 
 
 @pytest.mark.anyio

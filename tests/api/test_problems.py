@@ -46,7 +46,7 @@ async def test_a_denial_is_a_whole_problem(api: Api) -> None:
         "limit": 2,
         "used": 0,
         "agent_message": (
-            "The call budget of this task is used up; a new session is needed to go on."
+            "The call budget of this task does not allow it; a new session is needed to go on."
         ),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -72,6 +73,14 @@ def running(**variables: str) -> Iterator[Service]:
 
 
 StartService = Callable[..., Service]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """For servers that cannot be asked which port they took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -81,6 +81,36 @@ async def test_500_racing_calls_on_a_budget_of_50_admit_exactly_50(
     assert sum(answer.status_code == 429 for answer in answers) == 450
 
 
+def test_ended_sessions_are_swept_while_it_runs(start_service: StartService) -> None:
+    service = start_service(ARBITER_CLEANUP_INTERVAL_SECS="0.05", ARBITER_RETENTION_SECS="0")
+    created = httpx.post(f"{service.url}/sessions", json=session_request(time_limit_secs=0))
+    path = created.headers["location"]
+
+    with httpx.Client(base_url=service.url) as client:
+        answers = (client.get(path).status_code for _ in range(20_000))
+        assert 404 in answers
+
+
+def test_uvicorn_logs_no_session_ids(free_port: int) -> None:
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(free_port)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        transport = httpx.HTTPTransport(retries=10)
+        with httpx.Client(
+            transport=transport, base_url=f"http://127.0.0.1:{free_port}"
+        ) as client:
+            session_id = client.post("/sessions", json=session_request()).json()["session_id"]
+            client.post(f"/sessions/{session_id}/calls", json={"tool_name": "read_file"})
+    finally:
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+
+    assert session_id[:8] in said
+    assert session_id not in said
+
+
 def test_an_idle_service_uses_no_processor(start_service: StartService) -> None:
     service = start_service()
     before = cpu_secs(service)

@@ -76,7 +76,6 @@ async def test_what_clients_send_cannot_forge_a_line(
     capsys: pytest.CaptureFixture[str], make_api: MakeApi
 ) -> None:
     api = await make_api(log_level="debug")
-    before = len(lines(capsys))
     forged = 'x\n{"event": "forged"}\r\x1b[31m'
     await api.post("/sessions", session_request(declared_intent=forged, agent_id=forged))
     session_id = (await api.create(declared_intent=forged))["session_id"]
@@ -85,7 +84,7 @@ async def test_what_clients_send_cannot_forge_a_line(
 
     told = lines(capsys)
 
-    assert before >= 0
+    assert told
     assert all(each["event"] != "forged" for each in told)
 
 

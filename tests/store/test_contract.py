@@ -500,6 +500,10 @@ class TestCaps:
         with pytest.raises(Overloaded):
             await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
         assert await opened(store)
+        clock.advance(24 * 3600)
+        await sweep(store)
+        again = await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
+        assert isinstance(again, Admitted)
 
 
 class TestSweep:
@@ -561,6 +565,19 @@ class TestSweep:
 
         assert [each.expired + each.closed for each in slices] == [3, 3, 3, 1]
         assert [each.more for each in slices] == [True, True, True, False]
+
+    async def test_what_is_remembered_counts_as_work(self, make_store: MakeStore) -> None:
+        store = await make_store(retention_secs=0)
+        session = await opened(store)
+        for number in range(25):
+            key = IdempotencyKey("proxy", str(number))
+            await store.record(session.session_id, a_call(), key)
+        await store.close(session.session_id)
+
+        slices = [await store.cleanup_expired(10) for _ in range(3)]
+
+        assert [each.closed for each in slices] == [0, 0, 1]
+        assert [each.more for each in slices] == [True, True, False]
 
     async def test_a_swept_session_leaves_nothing_to_count_or_list(
         self, make_store: MakeStore

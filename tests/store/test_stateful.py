@@ -300,7 +300,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert decision.session.calls_made == model.made + len(asked.tool_names)
         if not dry_run:
             model.count(len(asked.tool_names), now)
-            if key is not None:
+            if key is not None and asked.tool_names:
                 model.replays[key] = (asked, decision.session)
 
     @rule(session_id=sessions)
