@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from types import FrameType
 
 import pytest
 
+from app.domain.admission import Admission
 from app.domain.session import MICROSECONDS
-from app.store.memory import anchored_clock
+from app.store.base import StoreLimits
+from app.store.memory import MemoryStore, anchored_clock
+from tests.support import a_batch, a_call, a_grant, opened
 
 
 def test_setting_the_wall_clock_does_not_move_the_store(
@@ -26,3 +31,33 @@ def test_the_clock_never_runs_backwards() -> None:
     read = [clock() for _ in range(1000)]
 
     assert read == sorted(read)
+
+
+async def work(store: MemoryStore, session_id: str, admission: Admission) -> int:
+    """How many functions are called, Python's own included, to decide once."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        await store.record(session_id, admission)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.anyio
+async def test_an_admission_scans_neither_sessions_nor_tools() -> None:
+    found = set()
+    for sessions, tools in ((1, 1), (3000, 1), (1, 256)):
+        store = MemoryStore(StoreLimits())
+        names = [f"tool_{number}" for number in range(tools)]
+        for _ in range(sessions):
+            session = await opened(store, a_grant(*names))
+        for admission in (a_call(names[-1]), a_batch(*[names[-1]] * 16)):
+            found.add(await work(store, session.session_id, admission))
+
+    assert len(found) == 1
