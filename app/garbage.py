@@ -13,8 +13,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-THRESHOLDS = (700, 5, 1)
-"""Few objects between two full collections, since each is short."""
+THRESHOLDS = (5000, 5, 1)
+"""Young collections rarer than by default, since calls leave nothing to collect; full ones
+often, since each looks at what is new only."""
 
 _FULL = 2
 

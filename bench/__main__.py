@@ -2,7 +2,7 @@
 
 Servers run one at a time under load, on one core, the load generator on another. The
 contestants take turns, round after round, so that a slow minute of the machine is
-everybody's; ratios are of medians.
+everybody's; ratios are taken within a round, and their median is told.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
-from bench.report import Required, load_row, median, plot
+from bench.report import Required, load_row, median, plot, ratio
 from bench.servers import BATCH_SIZE, batches, ours, peer
 
 PLOT = Path(__file__).parent / "live_sessions.svg"
@@ -79,15 +79,16 @@ def required(
     turns: dict[str, list[Load]], sizes: dict[int, Load], parts: dict[str, float]
 ) -> list[Required]:
     """What must be reached, and whether it was."""
-    rate = {name: median(each).per_sec for name, each in turns.items()}
-    tools_per_sec = rate[f"Arbiter, batches of {BATCH_SIZE}"] * BATCH_SIZE
+    batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
     few, many = min(sizes), max(sizes)
     return [
-        Required("calls/s ÷ bare ASGI", rate["Arbiter"] / rate["bare ASGI"], 0.70),
-        Required("calls/s ÷ naive FastAPI", rate["Arbiter"] / rate["naive FastAPI"], 3.3),
+        Required("calls/s ÷ bare ASGI", ratio(turns["Arbiter"], turns["bare ASGI"]), 0.70),
+        Required(
+            "calls/s ÷ naive FastAPI", ratio(turns["Arbiter"], turns["naive FastAPI"]), 3.3
+        ),
         Required(
             f"batch of {BATCH_SIZE}: tool decisions/s ÷ single calls/s",
-            tools_per_sec / rate["Arbiter"],
+            BATCH_SIZE * ratio(batch, turns["Arbiter"]),
             8,
         ),
         Required(

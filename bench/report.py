@@ -42,6 +42,12 @@ def median(rounds: list[Load]) -> Load:
     )
 
 
+def ratio(some: list[Load], others: list[Load]) -> float:
+    """The median of the rounds' ratios of calls per second."""
+    pairs = zip(some, others, strict=True)
+    return statistics.median(one.per_sec / other.per_sec for one, other in pairs)
+
+
 def load_row(name: str, rounds: list[Load]) -> str:
     """A contestant's row: medians, and the spread of the rate."""
     middle = median(rounds)
