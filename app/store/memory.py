@@ -7,7 +7,6 @@ anything, so that each is one atomic step of the event loop.
 from __future__ import annotations
 
 import time
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.base import (
     CREATION_REPLAY_SECS,
     IdempotencyKey,
-    InvalidCursor,
     Page,
     SessionFilter,
     SessionStore,
@@ -199,11 +197,11 @@ class MemoryStore(SessionStore):
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         now = self._clock()
-        start = _START if cursor is None else _position(cursor)
+        start = _START if cursor is None else Position.of_cursor(cursor)
         positions = list(islice(self._listed(which, start, now), limit + 1))
         sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
         more = len(positions) > limit
-        return Page(sessions, _cursor(positions[limit - 1]) if more else None)
+        return Page(sessions, positions[limit - 1].to_cursor() if more else None)
 
     def _listed(self, which: SessionFilter, start: Position, now: int) -> Iterator[Position]:
         agent_id, status = which
@@ -284,19 +282,3 @@ class MemoryStore(SessionStore):
 
 _START = Position(-1, "")
 """Before every session."""
-
-
-def _cursor(position: Position) -> str:
-    raw = f"{position.expires_at}.{position.session_id}"
-    return urlsafe_b64encode(raw.encode()).decode()
-
-
-def _position(cursor: str) -> Position:
-    try:
-        expires_at, _, session_id = urlsafe_b64decode(cursor.encode()).decode().partition(".")
-        position = Position(int(expires_at), session_id)
-    except ValueError as error:
-        raise InvalidCursor(InvalidCursor.__doc__) from error
-    if position.expires_at < 0 or not session_id or _cursor(position) != cursor:
-        raise InvalidCursor(InvalidCursor.__doc__)
-    return position
