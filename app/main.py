@@ -7,6 +7,7 @@ Nothing is opened at import. `app` is made when somebody asks for it, so that
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import sys
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from app import __version__
 from app.api.application import build_application
 from app.api.auth import Authenticator
 from app.api.fast_lane import FastLane
+from app.domain.errors import StoreUnusable
 from app.garbage import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
@@ -58,7 +60,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         log = get_logger()
-        await store.open()
+        await _open(store)
         try:
             log.info(
                 "starting",
@@ -81,6 +83,16 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
 
     service = SessionService(store, events, settings.max_time_limit_secs)
     return build_application(service, authenticator, metrics, lifespan)
+
+
+async def _open(store: SessionStore) -> None:
+    try:
+        await store.open()
+    except StoreUnusable as error:
+        print(f"arbiter: {error}", file=sys.stderr)
+        # All is said; uvicorn would add a traceback.
+        logging.getLogger("uvicorn.error").disabled = True
+        raise
 
 
 def _bracketed(host: str) -> str:

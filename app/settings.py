@@ -20,15 +20,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.api.auth import ApiKey, is_loopback
 from app.observability.logs import LogFormat, LogLevel
-from app.store import open_store, scheme_of
+from app.store import ONE_PROCESS, open_store, scheme_of
 from app.store.base import StoreLimits
 
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400
 REDACTED = "***"
-
-
-_ONE_PROCESS = "with the memory store: every worker would have sessions and budgets of its own"
 
 
 class BadSettings(Exception):
@@ -77,15 +74,20 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _one_worker_in_memory(self) -> Settings:
-        if self.workers > 1 and scheme_of(self.store_url) == "memory":
-            raise ValueError(f"ARBITER_WORKERS must be 1 {_ONE_PROCESS}")
+    def _one_worker_unless_shared(self) -> Settings:
+        if self.workers > 1 and (reason := self._one_process()):
+            raise ValueError(f"ARBITER_WORKERS must be 1 {reason}")
         return self
 
     def check_workers(self) -> None:
         """Raise `BadSettings` if several processes cannot share the store."""
-        if scheme_of(self.store_url) == "memory":
-            raise BadSettings(f"uvicorn must not have --workers {_ONE_PROCESS}")
+        if reason := self._one_process():
+            raise BadSettings(f"uvicorn must not have --workers {reason}")
+
+    def _one_process(self) -> str | None:
+        scheme = scheme_of(self.store_url)
+        reason = ONE_PROCESS.get(scheme)
+        return reason and f"with the {scheme} store: {reason}"
 
     def check_bind(self) -> None:
         """Raise `BadSettings` if the service would be open to other machines."""

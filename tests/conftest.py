@@ -7,6 +7,8 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,13 +18,23 @@ from app.api.fast_lane import FastLane
 from app.main import create_framework
 from app.settings import Settings
 from app.store.base import SessionStore, StoreLimits
-from app.store.memory import Clock, MemoryStore
+from app.store.clock import Clock
+from app.store.memory import MemoryStore
+from app.store.sqlite import SqliteStore
+from app.store.sqlite_file import Location
 from tests.support import ManualClock, session_request
 
-STORES: dict[str, Callable[[StoreLimits, Clock], SessionStore]] = {
-    "memory": MemoryStore,
+
+def sqlite_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
+    # What FULL adds is for a power cut, which no test here makes.
+    return SqliteStore(Location(folder / "sessions.db", "normal"), limits, clock)
+
+
+STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
+    "memory": lambda limits, clock, _: MemoryStore(limits, clock),
+    "sqlite": sqlite_store,
 }
-"""How each backend is made for a test. A new backend is one more line."""
+"""How each backend is made for a test, in a folder of its own. A new one is one more line."""
 
 LANES = {"framework": False, "fast": True}
 
@@ -48,13 +60,14 @@ def clock() -> ManualClock:
 
 @pytest.fixture(params=STORES)
 async def make_store(
-    request: pytest.FixtureRequest, clock: ManualClock
+    request: pytest.FixtureRequest, clock: ManualClock, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[MakeStore]:
-    """Makes an open store with the given limits; closes it after the test."""
+    """Makes open stores with the given limits; closes them after the test."""
     async with AsyncExitStack() as stack:
 
         async def make(**limits: Any) -> SessionStore:
-            store = STORES[request.param](StoreLimits(**limits), clock)
+            folder = tmp_path_factory.mktemp("store")
+            store = STORES[request.param](StoreLimits(**limits), clock, folder)
             await store.open()
             stack.push_async_callback(store.aclose)
             return store
@@ -100,22 +113,27 @@ class Api:
 MakeApi = Callable[..., Awaitable[Api]]
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=product(STORES, LANES), ids="-".join)
 async def make_api(
-    request: pytest.FixtureRequest, clock: ManualClock
+    request: pytest.FixtureRequest, clock: ManualClock, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[MakeApi]:
-    """Starts the application with the given settings, and stops it after the test."""
+    """Starts the application with the given settings, over every store and lane, and stops
+    it after the test."""
+    backend, lane = request.param
     async with AsyncExitStack() as stack:
 
         async def make(*, store: SessionStore | None = None, **settings: Any) -> Api:
-            lane = {"fast_lane": LANES[request.param], "log_format": "json"}
-            chosen = Settings(_env_file=None, **(lane | settings))
+            defaults = {"fast_lane": LANES[lane], "log_format": "json"}
+            chosen = Settings(_env_file=None, **(defaults | settings))
             limits = StoreLimits(
                 chosen.retention_secs,
                 chosen.max_sessions,
                 chosen.max_active_sessions_per_agent,
             )
-            framework = create_framework(chosen, store or MemoryStore(limits, clock))
+            folder = tmp_path_factory.mktemp("store")
+            framework = create_framework(
+                chosen, store or STORES[backend](limits, clock, folder)
+            )
             await stack.enter_async_context(framework.router.lifespan_context(framework))
             app = FastLane(framework) if chosen.fast_lane else framework
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -102,6 +102,19 @@ class Denied:
 NO_SESSION = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
 """Rule 1: there is no such session."""
 
+KEY_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
+"""The idempotency key came with another request before."""
+
+
+def too_many_sessions(cap: int, active: int) -> Denied:
+    """The agent has `active` sessions and may have `cap`."""
+    return Denied(DenialCode.TOO_MANY_SESSIONS, NextAction.STOP, limit=cap, used=active)
+
+
+def already_closed(session: Session) -> Denied:
+    """Rule 3: somebody has closed the session."""
+    return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session)
+
 
 def bar(session: Session, agent_id: str | None, now: int) -> Denied | None:
     """Rules 2 to 4: the denial of a caller who may not use this session now, whatever the
@@ -109,7 +122,7 @@ def bar(session: Session, agent_id: str | None, now: int) -> Denied | None:
     if agent_id is not None and agent_id != session.grant.agent_id:
         return Denied(DenialCode.AGENT_MISMATCH, NextAction.STOP, session.at(now))
     if session.closed_at is not None:
-        return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session.at(now))
+        return already_closed(session.at(now))
     if now >= session.expires_at:
         return Denied(DenialCode.SESSION_EXPIRED, NextAction.NEW_SESSION, session.at(now))
     return None

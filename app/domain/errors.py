@@ -3,6 +3,7 @@ error means that the service could not decide.
 
     ArbiterError
     ├── InvalidField        the request breaks a rule of this server's configuration
+    ├── StoreUnusable       the store cannot be opened as it is configured; at start only
     └── TransientError      trying again may help; nothing was recorded
         ├── StoreUnavailable
         └── Overloaded
@@ -28,6 +29,10 @@ class InvalidField(ArbiterError):
         self.location = location
         """Where the field stands: `body`, `query` or `header`."""
         self.field = field
+
+
+class StoreUnusable(ArbiterError):
+    """The session store cannot be used as it is configured."""
 
 
 class TransientError(ArbiterError):

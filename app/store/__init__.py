@@ -9,8 +9,15 @@ from app.store.base import SessionStore, StoreLimits
 
 BACKENDS = {
     "memory": "app.store.memory:MemoryStore",
+    "sqlite": "app.store.sqlite:SqliteStore",
 }
 """Scheme -> where its `SessionStore` is. Its `from_url(url, limits)` makes one."""
+
+ONE_PROCESS = {
+    "memory": "every worker would have sessions and budgets of its own",
+    "sqlite": "one process owns the file",
+}
+"""Schemes whose stores several processes cannot share, and why."""
 
 
 class UnknownStore(ValueError):

@@ -29,6 +29,12 @@ from app.domain.session import Grant, Session, SessionStatus
 CREATION_REPLAY_SECS = 24 * 3600
 """How long a creation can be replayed by its idempotency key."""
 
+TOO_MANY_CREATIONS = (
+    "The service remembers as many creations with an Idempotency-Key as it is configured to; "
+    "nothing was created."
+)
+"""Says the `Overloaded` of a creation whose key there is no room for."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
@@ -82,7 +88,10 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Make the store ready for use. Called once, before anything else."""
+        """Make the store ready for use. Called once, before anything else.
+
+        Raises `StoreUnusable` if it cannot be, as it is configured.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:

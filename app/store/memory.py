@@ -6,9 +6,8 @@ anything, so that each is one atomic step of the event loop.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
@@ -16,19 +15,21 @@ from itertools import islice
 from typing_extensions import override
 
 from app.domain.admission import (
+    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
-    DenialCode,
     Denied,
-    NextAction,
+    already_closed,
     bar,
     decide,
+    too_many_sessions,
 )
 from app.domain.errors import Overloaded
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.base import (
     CREATION_REPLAY_SECS,
+    TOO_MANY_CREATIONS,
     IdempotencyKey,
     Page,
     SessionFilter,
@@ -36,26 +37,10 @@ from app.store.base import (
     StoreLimits,
     Swept,
 )
-from app.store.memory_index import Position, SessionIndex
+from app.store.clock import Clock, anchored_clock
+from app.store.memory_index import SessionIndex
+from app.store.position import FIRST, Position
 from app.store.sharded import ShardedDict
-
-Clock = Callable[[], int]
-"""Microseconds since the Unix epoch, never running backwards."""
-
-_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
-
-
-def anchored_clock() -> Clock:
-    """A clock that reads wall time now and from then on counts only time that passed, so
-    that setting the wall clock neither extends nor ends a session.
-
-    Time in which the machine is suspended passes too, where the system can tell.
-    """
-    source = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-    read = time.clock_gettime_ns
-    offset = time.time_ns() - read(source)
-    return lambda: (read(source) + offset) // 1000
-
 
 _Replays = dict[IdempotencyKey, tuple[Admission, Session]]
 
@@ -110,23 +95,18 @@ class MemoryStore(SessionStore):
             known = self._creations.get(idempotency)
             if known is not None and now < known.forget_at:
                 if known.session.grant != grant:
-                    return _CONFLICT
+                    return KEY_CONFLICT
                 return Admitted(known.session, replayed=True)
         full = self._limits.max_sessions
         if len(self._sessions) >= full:
             raise Overloaded
         if idempotency is not None and len(self._creations) >= full:
-            raise Overloaded(
-                "The service remembers as many creations with an Idempotency-Key as it is "
-                "configured to; nothing was created."
-            )
+            raise Overloaded(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
             active = self._open.count_alive_of(grant.agent_id, now)
             if active >= cap:
-                return Denied(
-                    DenialCode.TOO_MANY_SESSIONS, NextAction.STOP, limit=cap, used=active
-                )
+                return too_many_sessions(cap, active)
         session = Session.opened(session_id, grant, now)
         self._sessions[session_id] = session
         self._open.add(session)
@@ -157,7 +137,7 @@ class MemoryStore(SessionStore):
                 if barred is not None:
                     return barred
                 first, answer = known
-                return Admitted(answer, replayed=True) if first == admission else _CONFLICT
+                return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and not dry_run:
             sessions[session_id] = decision.session
@@ -176,7 +156,7 @@ class MemoryStore(SessionStore):
             return NO_SESSION
         now = self._clock()
         if session.closed_at is not None:
-            return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session.at(now))
+            return already_closed(session.at(now))
         return self._close(session, now)
 
     def _close(self, session: Session, now: int) -> Session:
@@ -197,7 +177,7 @@ class MemoryStore(SessionStore):
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         now = self._clock()
-        start = _START if cursor is None else Position.of_cursor(cursor)
+        start = FIRST if cursor is None else Position.of_cursor(cursor)
         positions = list(islice(self._listed(which, start, now), limit + 1))
         sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
         more = len(positions) > limit
@@ -226,7 +206,7 @@ class MemoryStore(SessionStore):
     @override
     async def close_sessions_for_agent(self, agent_id: str) -> int:
         now = self._clock()
-        active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), _START, now))
+        active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), FIRST, now))
         for position in active:
             self._close(self._sessions[position.session_id], now)
         return len(active)
@@ -278,7 +258,3 @@ class MemoryStore(SessionStore):
         if not replays:
             self._replays.discard(session_id)
         return dropped
-
-
-_START = Position(-1, "")
-"""Before every session."""

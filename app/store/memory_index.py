@@ -6,38 +6,12 @@ length, without the pauses of a rebuild, and the garbage collector does not trac
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
 from app.domain.session import Session
-from app.store.base import InvalidCursor
-
-
-class Position(NamedTuple):
-    """Where a session stands in the order of deadlines."""
-
-    expires_at: int
-    session_id: str
-
-    @classmethod
-    def of_cursor(cls, cursor: str) -> Position:
-        """The position that `to_cursor` wrote. Raises `InvalidCursor` for any other text."""
-        try:
-            text = urlsafe_b64decode(cursor.encode()).decode()
-            expires_at, _, session_id = text.partition(".")
-            position = cls(int(expires_at), session_id)
-        except ValueError as error:
-            raise InvalidCursor(InvalidCursor.__doc__) from error
-        if position.expires_at < 0 or not session_id or position.to_cursor() != cursor:
-            raise InvalidCursor(InvalidCursor.__doc__)
-        return position
-
-    def to_cursor(self) -> str:
-        """This position as an opaque text."""
-        return urlsafe_b64encode(f"{self.expires_at}.{self.session_id}".encode()).decode()
+from app.store.position import Position
 
 
 class SessionIndex:

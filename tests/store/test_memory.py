@@ -11,7 +11,8 @@ import pytest
 from app.domain.admission import Admission
 from app.domain.session import MICROSECONDS
 from app.store.base import StoreLimits
-from app.store.memory import MemoryStore, anchored_clock
+from app.store.clock import anchored_clock
+from app.store.memory import MemoryStore
 from tests.support import a_batch, a_call, a_grant, opened
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
@@ -153,7 +155,10 @@ class StoreMachine(RuleBasedStateMachine):
         limits = StoreLimits(
             retention_secs=RETENTION_SECS, max_sessions=99, max_active_sessions_per_agent=CAP
         )
-        self.store: SessionStore = type(self).make_store(limits, self.clock)
+        self.folder = TemporaryDirectory()
+        self.store: SessionStore = type(self).make_store(
+            limits, self.clock, Path(self.folder.name)
+        )
         self.models: dict[str, Model] = {}
         self.creations: dict[IdempotencyKey, tuple[int, Grant, str]] = {}
 
@@ -171,6 +176,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.run(self.store.aclose())
         self.runner.close()
+        self.folder.cleanup()
 
     @rule(
         target=sessions,

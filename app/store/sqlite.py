@@ -1,0 +1,165 @@
+"""A durable store on one machine: a SQLite file, owned by one process.
+
+Every request becomes a job on the one thread that has the connection. The jobs that wait
+while a commit is under way share the next one, and nobody is answered before the commit that
+holds his. So a crash at any moment loses nothing that was answered, and a commit that fails
+has charged nothing. Decisions are those of `decide`, as in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from typing_extensions import override
+
+from app.domain.admission import Admission, Admitted, Denied
+from app.domain.errors import Overloaded, StoreUnavailable
+from app.domain.session import Grant, Session
+from app.store.base import (
+    IdempotencyKey,
+    InvalidCursor,
+    Page,
+    SessionFilter,
+    SessionStore,
+    StoreLimits,
+    Swept,
+)
+from app.store.clock import Clock, anchored_clock
+from app.store.group_commit import GroupCommit, Job
+from app.store.sqlite_file import DatabaseFile, Location, explained, reason
+from app.store.sqlite_ledger import Ledger
+
+_log = logging.getLogger("arbiter.store")
+
+
+class SqliteStore(SessionStore):
+    """Sessions in a file."""
+
+    def __init__(
+        self, location: Location, limits: StoreLimits, clock: Clock | None = None
+    ) -> None:
+        self._location = location
+        self._limits = limits
+        self._clock = clock or anchored_clock()
+        self._failing = False
+
+    @classmethod
+    def from_url(cls, url: str, limits: StoreLimits) -> SqliteStore:
+        """The store for `sqlite:///absolute/path`. Raises `ValueError`."""
+        return cls(Location.of_url(url), limits)
+
+    @override
+    async def open(self) -> None:
+        await asyncio.to_thread(self._open)
+        self._commits = GroupCommit(self._commit, "sqlite")
+
+    def _open(self) -> None:
+        self._file = DatabaseFile(self._location)
+        try:
+            with explained(self._location.path):
+                self._ledger = Ledger(self._file.db, self._limits, self._clock)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @override
+    async def aclose(self) -> None:
+        # Where this fails the file keeps a mark that is somewhat later, which is safe.
+        with suppress(StoreUnavailable):
+            await self._commits.submit(self._ledger.stop_clock)
+        await self._commits.drain()
+        await asyncio.to_thread(self._file.close)
+
+    def _commit(self, jobs: Sequence[Job]) -> Sequence[Any]:
+        """Run the jobs in one transaction; their outcomes. If it fails, nothing of any job
+        has happened and every outcome is an error."""
+        outcomes: list[Any] = []
+        try:
+            self._file.check_in_place()
+            with self._ledger.transaction():
+                for job in jobs:
+                    # One by one: how many there are tells which job met a defect.
+                    outcomes.append(_outcome(job))  # noqa: PERF401
+        except (sqlite3.Error, OSError) as error:
+            if not self._failing:
+                self._failing = True
+                _log.error("store unavailable: %s", reason(error))
+            return [StoreUnavailable() for _ in jobs]
+        except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
+            met_in = len(outcomes)
+            return [defect if n == met_in else StoreUnavailable() for n in range(len(jobs))]
+        if self._failing:
+            self._failing = False
+            _log.warning("store available again")
+        return outcomes
+
+    @override
+    async def ping(self) -> None:
+        # Telling the time writes to the file, once a second at most.
+        await self._commits.submit(self._ledger.now)
+
+    @override
+    async def create(
+        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
+    ) -> Admitted | Denied:
+        return await self._commits.submit(
+            lambda: self._ledger.create(session_id, grant, idempotency)
+        )
+
+    @override
+    async def record(
+        self,
+        session_id: str,
+        admission: Admission,
+        idempotency: IdempotencyKey | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> Admitted | Denied:
+        return await self._commits.submit(
+            lambda: self._ledger.record(session_id, admission, idempotency, dry_run=dry_run)
+        )
+
+    @override
+    async def close(self, session_id: str) -> Session | Denied:
+        return await self._commits.submit(lambda: self._ledger.close(session_id))
+
+    @override
+    async def get(self, session_id: str) -> Session | None:
+        return await self._commits.submit(lambda: self._ledger.get(session_id))
+
+    @override
+    async def list_all(
+        self, which: SessionFilter, *, limit: int, cursor: str | None = None
+    ) -> Page:
+        return await self._commits.submit(lambda: self._ledger.list_all(which, limit, cursor))
+
+    @override
+    async def count_active_for_agent(self, agent_id: str) -> int:
+        return await self._commits.submit(lambda: self._ledger.count_active_for_agent(agent_id))
+
+    @override
+    async def count_active(self) -> int:
+        return await self._commits.submit(self._ledger.count_active)
+
+    @override
+    async def close_sessions_for_agent(self, agent_id: str) -> int:
+        return await self._commits.submit(
+            lambda: self._ledger.close_sessions_for_agent(agent_id)
+        )
+
+    @override
+    async def cleanup_expired(self, limit: int) -> Swept:
+        return await self._commits.submit(lambda: self._ledger.cleanup_expired(limit))
+
+
+def _outcome(job: Job) -> Any:
+    try:
+        return job()
+    except (Overloaded, InvalidCursor) as refusal:
+        # Raised before anything was written; the rest of the group goes on.
+        return refusal

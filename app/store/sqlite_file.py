@@ -1,0 +1,162 @@
+"""The file of a SQLite store: where it is, whose it is, how it is opened and copied."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, get_args
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from app.domain.errors import StoreUnusable
+from app.store.sqlite_schema import migrate
+
+Synchronous = Literal["full", "normal"]
+
+BUSY_SECS = 1.0
+"""How long to wait for a lock that another program holds on the file."""
+
+CHECKPOINT_PAGES = 4000
+"""Pages of 4 KiB in the log before they are moved into the file."""
+
+_OWNER_ONLY = 0o600
+"""Session ids are capabilities."""
+
+_REASONS = {
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_READONLY": "the file or its folder is read-only",
+    "SQLITE_BUSY": "another program has locked the file",
+    "SQLITE_LOCKED": "another program has locked the file",
+    "SQLITE_CORRUPT": "the file is damaged; restore a backup",
+    "SQLITE_NOTADB": "the file is not a SQLite database",
+    "SQLITE_CANTOPEN": "the file cannot be opened; is its folder there, and writable?",
+    "SQLITE_IOERR": "the disk reported an error",
+    "SQLITE_PERM": "the file cannot be accessed",
+    "SQLITE_AUTH": "the file cannot be accessed",
+}
+
+
+def reason(error: Exception) -> str:
+    """Why the file cannot be used, for an operator."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    name = getattr(error, "sqlite_errorname", None)
+    if name is None:
+        return str(error)
+    # Extended codes say more after the second underscore (https://sqlite.org/rescode.html).
+    basic = "_".join(name.split("_")[:2])
+    return f"{_REASONS[basic]} ({name})" if basic in _REASONS else f"{error} ({name})"
+
+
+class Location(NamedTuple):
+    """What a `sqlite://` URL says."""
+
+    path: Path
+    synchronous: Synchronous
+
+    @classmethod
+    def of_url(cls, url: str) -> Location:
+        """`sqlite:///absolute/path`, with `?synchronous=full` or `normal`. A fourth slash
+        says the same. Raises `ValueError` for anything else."""
+        parts = urlsplit(url)
+        path = unquote(parts.path)
+        if parts.netloc or path.strip("/") == "" or path.endswith("/") or "\0" in path:
+            raise ValueError("write sqlite:///folder/file.db; the path is always absolute")
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        synchronous = options.pop("synchronous", "full")
+        if options or parts.fragment or synchronous not in get_args(Synchronous):
+            raise ValueError("the only option is ?synchronous=full (the default) or normal")
+        return cls(Path("/" + path.lstrip("/")), cast("Synchronous", synchronous))
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the file into `StoreUnusable`, in one sentence."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StoreUnusable(f"cannot use {path}: {reason(error)}") from error
+    except StoreUnusable as error:
+        raise StoreUnusable(f"cannot use {path}: {error}") from error.__cause__
+
+
+class DatabaseFile:
+    """An open file that no other process of this program has open."""
+
+    def __init__(self, location: Location) -> None:
+        """Opens the file; makes it if there is none. Raises `StoreUnusable`."""
+        with explained(location.path):
+            # The same lock, whichever link leads to the file.
+            self._path = location.path.resolve()
+            self._lock = _own(self._path)
+            try:
+                self.db = _connect(self._path, location.synchronous)
+            except BaseException:
+                os.close(self._lock)
+                raise
+            status = self._path.stat()
+            self._identity = (status.st_dev, status.st_ino)
+
+    def check_in_place(self) -> None:
+        """Raise `OSError` if the file is no longer where it was opened: what is written to
+        it would be lost."""
+        status = self._path.stat()
+        if (status.st_dev, status.st_ino) != self._identity:
+            raise OSError(0, "another file has taken its place")
+
+    def close(self) -> None:
+        """Close the file and give it free."""
+        self.db.close()
+        os.close(self._lock)
+
+
+def _own(path: Path) -> int:
+    """Take the lock that says who owns the file; it goes with the process. Not a lock on
+    the file itself: SQLite's own would be lost when it is closed (fcntl(2))."""
+    lock = os.open(f"{path}-owner", os.O_RDWR | os.O_CREAT, _OWNER_ONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+        os.close(lock)
+        raise StoreUnusable(
+            f"another process (id {owner}) owns it; run one process for each file"
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    return lock
+
+
+def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
+    # SQLite gives the files beside it the same permissions.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, _OWNER_ONLY))
+    db = sqlite3.connect(path, timeout=BUSY_SECS, isolation_level=None, check_same_thread=False)
+    try:
+        _keep_log(db)
+        db.execute(f"PRAGMA synchronous = {synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        # Elsewhere fsync is enough; on macOS it leaves the data in the drive's cache.
+        db.execute("PRAGMA fullfsync = ON")
+        db.execute("PRAGMA checkpoint_fullfsync = ON")
+        migrate(db)
+        _check(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _keep_log(db: sqlite3.Connection) -> None:
+    (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise StoreUnusable("its file system cannot keep a write-ahead log")
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """Raise `StoreUnusable` if the file is damaged."""
+    found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
+    if found != ["ok"]:
+        raise StoreUnusable("the file is damaged; restore a backup")

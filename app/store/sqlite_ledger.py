@@ -1,0 +1,245 @@
+"""What a SQLite store does within a transaction: the verbs of the contract, one after the
+other, on the thread that owns the connection."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from app.domain.admission import (
+    KEY_CONFLICT,
+    NO_SESSION,
+    Admission,
+    Admitted,
+    Denied,
+    already_closed,
+    bar,
+    decide,
+    too_many_sessions,
+)
+from app.domain.errors import Overloaded
+from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
+from app.store.base import (
+    CREATION_REPLAY_SECS,
+    TOO_MANY_CREATIONS,
+    IdempotencyKey,
+    Page,
+    SessionFilter,
+    StoreLimits,
+    Swept,
+)
+from app.store.clock import Clock
+from app.store.position import FIRST, Position
+from app.store.sqlite_tables import Tables
+
+RESERVED_SECS = 1
+"""How far ahead of the clock the mark in the file is set: it is written so often at most."""
+
+
+class _Tally(NamedTuple):
+    """Counts that would otherwise take a scan."""
+
+    sessions: int
+    open: int
+    creations: int
+
+
+class Ledger:
+    """The contract, without waiting for anything but the database. Each verb belongs into a
+    `transaction`, and raises `Overloaded` and `InvalidCursor` before it has written anything.
+
+    The wall clock may go backwards while no process runs. So the file holds an instant that
+    is later than any that was ever told; a new process goes on from there if its clock has
+    not come so far, and what has expired stays expired.
+    """
+
+    def __init__(self, db: sqlite3.Connection, limits: StoreLimits, clock: Clock) -> None:
+        self._db = db
+        self._tables = tables = Tables(db)
+        self._limits = limits
+        self._clock = clock
+        self._reserved_until = tables.reserved_until()
+        self._ahead = max(0, self._reserved_until - clock())
+        self._tally = _Tally(
+            tables.count_sessions(), tables.count_open(), tables.count_creations()
+        )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that happens inside is durable at the end, or nothing of it has happened.
+        Raises `sqlite3.Error`."""
+        before = self._tally, self._reserved_until
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._tally, self._reserved_until = before
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def now(self) -> int:
+        """The time. No instant is told before the file knows that it may come."""
+        now = self._clock() + self._ahead
+        if now >= self._reserved_until:
+            self._reserve(now + RESERVED_SECS * MICROSECONDS)
+        return now
+
+    def stop_clock(self) -> None:
+        """Write down the time, when no more of it will be told."""
+        self._reserve(self._clock() + self._ahead)
+
+    def _reserve(self, until: int) -> None:
+        self._tables.reserve(until)
+        self._reserved_until = until
+
+    def _count(self, *, sessions: int = 0, opened: int = 0, creations: int = 0) -> None:
+        tally = self._tally
+        self._tally = _Tally(
+            tally.sessions + sessions, tally.open + opened, tally.creations + creations
+        )
+
+    def create(
+        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None
+    ) -> Admitted | Denied:
+        """See `SessionStore.create`."""
+        now, full = self.now(), self._limits.max_sessions
+        known = None if idempotency is None else self._tables.creation(idempotency)
+        if known is not None and now < known[1]:
+            first = known[0]
+            return Admitted(first, replayed=True) if first.grant == grant else KEY_CONFLICT
+        if self._tally.sessions >= full:
+            raise Overloaded
+        if idempotency is not None and self._tally.creations >= full:
+            raise Overloaded(TOO_MANY_CREATIONS)
+        cap = self._limits.max_active_sessions_per_agent
+        if cap is not None:
+            active = self._tables.count_active_of(grant.agent_id, now)
+            if active >= cap:
+                return too_many_sessions(cap, active)
+        session = Session.opened(session_id, grant, now)
+        self._tables.insert(session)
+        self._count(sessions=1, opened=1)
+        if idempotency is not None:
+            forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
+            self._tables.remember_creation(idempotency, session, forget_at)
+            # One whose 24 hours are over and that nobody has swept is in the same place.
+            self._count(creations=1 if known is None else 0)
+        return Admitted(session)
+
+    def record(
+        self,
+        session_id: str,
+        admission: Admission,
+        idempotency: IdempotencyKey | None,
+        *,
+        dry_run: bool,
+    ) -> Admitted | Denied:
+        """See `SessionStore.record`."""
+        now = self.now()
+        found = self._tables.find(session_id, now)
+        if found is None:
+            return NO_SESSION
+        row_id, session = found
+        known = None if idempotency is None else self._tables.replay(found, idempotency)
+        if known is not None:
+            first, answer = known
+            if (barred := bar(session, admission.agent_id, now)) is not None:
+                return barred
+            return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
+        decision = decide(session, admission, now)
+        if isinstance(decision, Admitted) and admission.tool_names and not dry_run:
+            self._tables.count_calls(row_id, decision.session)
+            if idempotency is not None:
+                self._tables.remember(row_id, idempotency, admission, decision.session)
+        return decision
+
+    def close(self, session_id: str) -> Session | Denied:
+        """See `SessionStore.close`."""
+        now = self.now()
+        found = self._tables.find(session_id, now)
+        if found is None:
+            return NO_SESSION
+        row_id, session = found
+        if session.closed_at is not None:
+            return already_closed(session)
+        self._tables.close(row_id, now)
+        self._count(opened=-1)
+        return session.closed(now)
+
+    def get(self, session_id: str) -> Session | None:
+        """See `SessionStore.get`."""
+        found = self._tables.find(session_id, self.now())
+        return None if found is None else found.session
+
+    def list_all(self, which: SessionFilter, limit: int, cursor: str | None) -> Page:
+        """See `SessionStore.list_all`."""
+        start = FIRST if cursor is None else Position.of_cursor(cursor)
+        now, (agent_id, status) = self.now(), which
+        found: list[Session] = []
+        for closed, after, until in _ranges(status, start, now):
+            found += self._tables.page(
+                closed=closed,
+                after=after,
+                until=until,
+                agent_id=agent_id,
+                limit=limit + 1,
+                now=now,
+            )
+        found.sort(key=_position)
+        more = len(found) > limit
+        return Page(found[:limit], _position(found[limit - 1]).to_cursor() if more else None)
+
+    def count_active_for_agent(self, agent_id: str) -> int:
+        """See `SessionStore.count_active_for_agent`."""
+        return self._tables.count_active_of(agent_id, self.now())
+
+    def count_active(self) -> int:
+        """See `SessionStore.count_active`."""
+        return self._tally.open - self._tables.count_expired(self.now())
+
+    def close_sessions_for_agent(self, agent_id: str) -> int:
+        """See `SessionStore.close_sessions_for_agent`."""
+        closed = self._tables.close_active_of(agent_id, self.now())
+        self._count(opened=-closed)
+        return closed
+
+    def cleanup_expired(self, limit: int) -> Swept:
+        """See `SessionStore.cleanup_expired`."""
+        now, left, closed_ones, expired_ones = self.now(), limit, 0, 0
+        cutoff = now - self._limits.retention_secs * MICROSECONDS
+        for due in self._tables.due(cutoff, limit):
+            left -= self._tables.forget(due.row_id, left)
+            if left <= 0:
+                break
+            self._tables.delete(due.row_id, due.session_id)
+            closed_ones += due.closed
+            expired_ones += not due.closed
+            left -= 1
+            if left <= 0:
+                break
+        self._count(sessions=-closed_ones - expired_ones, opened=-expired_ones)
+        forgotten = self._tables.forget_creations(now, left)
+        self._count(creations=-forgotten)
+        return Swept(expired_ones, closed_ones, more=left - forgotten <= 0)
+
+
+def _ranges(
+    status: SessionStatus | None, start: Position, now: int
+) -> list[tuple[bool, Position, int | None]]:
+    """Where sessions of a status are: among the closed ones or the others, after which
+    position, and up to which deadline."""
+    if status is SessionStatus.CLOSED:
+        return [(True, start, None)]
+    if status is SessionStatus.EXPIRED:
+        return [(False, start, now)]
+    if status is SessionStatus.ACTIVE:
+        return [(False, max(start, Position(now + 1, "")), None)]
+    return [(False, start, None), (True, start, None)]
+
+
+def _position(session: Session) -> Position:
+    return Position(session.expires_at, session.session_id)
