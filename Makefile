@@ -12,7 +12,7 @@ serve: .venv/runtime
 install: .venv/dev
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

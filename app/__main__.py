@@ -1,4 +1,4 @@
-"""`python -m app`: serve (the default), config, keys new, openapi."""
+"""`python -m app`: serve (the default), backup, config, keys new, openapi."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.auth import Scope, new_key
+from app.domain.errors import StoreUnusable
 from app.main import create_app, create_framework
 from app.settings import BadSettings, Settings, load_settings
+from app.store import UnknownStore, back_up
 
 GRACE_SECS = 20
 """How long open requests may take to finish after SIGTERM. Without a bound, one client
@@ -45,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     commands.add_parser("serve", help="serve HTTP (the default)").set_defaults(run=_serve)
+    backup = commands.add_parser("backup", help="copy a durable store, live or stopped")
+    backup.add_argument("file", type=Path, help="a file that does not exist yet")
+    backup.set_defaults(run=_back_up)
     config = commands.add_parser("config", help="print the settings, secrets redacted")
     config.set_defaults(run=_config)
     openapi = commands.add_parser("openapi", help="print the OpenAPI document")
@@ -97,6 +103,16 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_SECS,
         timeout_graceful_shutdown=GRACE_SECS,
     )
+
+
+def _back_up(chosen: argparse.Namespace) -> int:
+    try:
+        sessions = back_up(load_settings().store_url, chosen.file)
+    except (UnknownStore, StoreUnusable) as error:
+        print(f"arbiter: {error}", file=sys.stderr)
+        return 1
+    print(f"{chosen.file}: {sessions} sessions")
+    return 0
 
 
 def _config(_: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench.durable import compare_stores, row_name, starting
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
 from bench.report import Required, load_row, median, plot, ratio
 from bench.servers import BATCH_SIZE, batches, ours, peer
@@ -76,7 +77,10 @@ def in_process(sessions: int) -> dict[str, float]:
 
 
 def required(
-    turns: dict[str, list[Load]], sizes: dict[int, Load], parts: dict[str, float]
+    turns: dict[str, list[Load]],
+    stores: dict[str, list[Load]],
+    sizes: dict[int, Load],
+    parts: dict[str, float],
 ) -> list[Required]:
     """What must be reached, and whether it was."""
     batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
@@ -105,6 +109,14 @@ def required(
         ),
         Required("longest pause under churn, ms", parts["longest_pause_ms"], 10, at_most=True),
         Required("bytes per session", parts["bytes_per_session"], 1024, at_most=True),
+        Required(
+            f"SQLite, full ÷ memory, at {CONNECTIONS} connections",
+            ratio(
+                stores[row_name("sqlite, full", CONNECTIONS)],
+                stores[row_name("memory", CONNECTIONS)],
+            ),
+            0.5,
+        ),
     ]
 
 
@@ -135,6 +147,9 @@ def main() -> int:
         scratch = Path(name)
         print("contestants", file=sys.stderr)
         turns = compare(rounds, secs, scratch)
+        print("stores", file=sys.stderr)
+        stores = compare_stores(scratch, lambda c: take_turns(c, rounds, secs, scratch))
+        start = starting(sizes[-1], scratch)
         print("live sessions", file=sys.stderr)
         by_size = grow(sizes, rounds, secs, scratch)
     print("in process", file=sys.stderr)
@@ -143,14 +158,17 @@ def main() -> int:
     print(f"{machine()}\n\n| contestant | calls/s | spread | p99, ms |\n|---|---|---|---|")
     for contestant, found in turns.items():
         print(load_row(contestant, found))
+    print("\n| store | calls/s | spread | p99, ms |\n|---|---|---|---|")
+    for contestant, found in stores.items():
+        print(load_row(contestant, found))
     print("\n| live sessions | calls/s | p99, ms |\n|---|---|---|")
     for size, load in by_size.items():
         print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
     print("\n| in process | |\n|---|---|")
-    for part, value in parts.items():
+    for part, value in (parts | start).items():
         print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
     print("\n| must reach | found | bound | |\n|---|---|---|---|")
-    for each in required(turns, by_size, parts):
+    for each in required(turns, stores, by_size, parts):
         print(each.row())
     if not quick:
         plot(by_size, PLOT)

@@ -46,6 +46,7 @@ class Target(NamedTuple):
     paths: Path
     body: str
     authorization: str
+    connections: int = CONNECTIONS
 
 
 def pinned(core: str) -> list[str]:
@@ -63,11 +64,11 @@ def press(target: Target, secs: float, scratch: Path) -> Load:
     }
     url = f"http://127.0.0.1:{target.port}/"
     if WRK is None:
-        command = [sys.executable, "-m", "bench.load", url, str(secs)]
+        command = [sys.executable, "-m", "bench.load", url, str(secs), str(target.connections)]
     else:
         script = scratch / "load.lua"
         script.write_text(_LUA)
-        connections = ["-t1", f"-c{CONNECTIONS}", f"-d{secs:g}s", "--latency"]
+        connections = ["-t1", f"-c{target.connections}", f"-d{secs:g}s", "--latency"]
         command = [WRK, *connections, "-s", str(script), url]
     output = subprocess.run(
         [*pinned(LOAD_CORE), *command],
@@ -113,7 +114,7 @@ async def _connection(
     return refused
 
 
-async def _own_client(port: int, secs: float, paths: list[str]) -> None:
+async def _own_client(port: int, secs: float, connections: int, paths: list[str]) -> None:
     body = os.environ["BENCH_BODY"].encode()
     headers = (
         f"host: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -122,7 +123,7 @@ async def _own_client(port: int, secs: float, paths: list[str]) -> None:
     requests = [f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body for path in paths]
     times: list[float] = []
     until = time.perf_counter() + secs
-    workers = [_connection(port, requests, until, times) for _ in range(CONNECTIONS)]
+    workers = [_connection(port, requests, until, times) for _ in range(connections)]
     refused = sum(await asyncio.gather(*workers))
     times.sort()
     p99_ms = times[int(len(times) * 0.99)] * 1000
@@ -134,6 +135,7 @@ if __name__ == "__main__":
         _own_client(
             int(sys.argv[1].strip("/").rpartition(":")[2]),
             float(sys.argv[2]),
+            int(sys.argv[3]),
             Path(os.environ["BENCH_PATHS"]).read_text().split(),
         )
     )

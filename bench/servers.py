@@ -27,6 +27,7 @@ CALL = '{"tool_name":"read_file"}'
 BATCH_SIZE = 16
 BATCH = '{"tool_names":[' + ",".join(['"read_file"'] * BATCH_SIZE) + "]}"
 START_SECS = 180
+STORED_SESSIONS = 1000
 
 
 def free_port() -> int:
@@ -54,7 +55,7 @@ def _process(
             except httpx.ConnectError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{command} did not start") from None
-                time.sleep(0.1)
+                time.sleep(0.02)
         yield process
     finally:
         process.terminate()
@@ -84,12 +85,42 @@ def ours(scratch: Path, *, sessions: int = 1, fast_lane: bool = True) -> Iterato
         ["-m", "bench.filled", str(sessions), str(paths)],
         port,
         "/readyz",
-        ARBITER_PORT=str(port),
-        ARBITER_API_KEYS=str(key),
-        ARBITER_LOG_FORMAT="json",
         ARBITER_FAST_LANE=str(fast_lane).lower(),
+        **_settings(port, str(key), "memory://"),
     ):
         yield Target(port, paths, CALL, f"Bearer {token}")
+
+
+@contextmanager
+def stored(scratch: Path, store_url: str) -> Iterator[Target]:
+    """The service as an operator starts it, over a store of its own with some sessions."""
+    port = free_port()
+    key, token = new_key("gate", Scope.PROXY)
+    authorization = f"Bearer {token}"
+    paths = scratch / f"stored-{port}.paths"
+    with _process(["-m", "app"], port, "/readyz", **_settings(port, str(key), store_url)):
+        base, headers = f"http://127.0.0.1:{port}", {"authorization": authorization}
+        with httpx.Client(base_url=base, headers=headers) as client:
+            made = [client.post("/sessions", json=SESSION) for _ in range(STORED_SESSIONS)]
+        paths.write_text("".join(f"{each.headers['location']}/calls\n" for each in made))
+        yield Target(port, paths, CALL, authorization)
+
+
+def start_secs(store_url: str) -> float:
+    """How long it takes from the start of the service until it is ready."""
+    port = free_port()
+    started = time.perf_counter()
+    with _process(["-m", "app"], port, "/readyz", **_settings(port, "", store_url)):
+        return time.perf_counter() - started
+
+
+def _settings(port: int, keys: str, store_url: str) -> dict[str, str]:
+    return {
+        "ARBITER_PORT": str(port),
+        "ARBITER_API_KEYS": keys,
+        "ARBITER_LOG_FORMAT": "json",
+        "ARBITER_STORE_URL": store_url,
+    }
 
 
 def batches(target: Target, scratch: Path) -> Target:

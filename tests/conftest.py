@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -38,7 +38,24 @@ STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
 
 LANES = {"framework": False, "fast": True}
 
+DURABLE = ["sqlite"]
+"""Backends that outlive the process: a store that is made anew in the same folder goes on."""
+
 MakeStore = Callable[..., Awaitable[SessionStore]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from app.api.problems import Refused
 from app.api.routes import respond
 from app.api.schemas import Health
 from app.api.strict import StrictRoute, guarded
+from app.domain.errors import StoreUnavailable
 
 public = APIRouter(route_class=StrictRoute)
 operate = APIRouter(route_class=guarded(Scope.OPERATE))
@@ -64,17 +65,17 @@ async def healthz(request: Request) -> Response:
     operation_id="metrics",
     tags=["operations"],
     response_class=PlainTextResponse,
-    responses=problem_responses(
-        ProblemCode.UNAUTHENTICATED,
-        ProblemCode.INSUFFICIENT_SCOPE,
-        ProblemCode.STORE_UNAVAILABLE,
-    ),
+    responses=problem_responses(ProblemCode.UNAUTHENTICATED, ProblemCode.INSUFFICIENT_SCOPE),
     openapi_extra=security(Scope.OPERATE),
 )
 async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format."""
+    """Metrics in Prometheus' text format, also while the store does not answer."""
     state = request.app.state
-    text = state.metrics.render(await state.service.count_active())
+    try:
+        active = await state.service.count_active()
+    except StoreUnavailable:
+        active = None
+    text = state.metrics.render(active)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 

@@ -67,13 +67,13 @@ class Metrics:
             known = self.requests[key] = Histogram(REQUEST_BUCKETS_SECS)
         return known
 
-    def render(self, active_sessions: int) -> bytes:
-        """The text of a scrape."""
+    def render(self, active_sessions: int | None) -> bytes:
+        """The text of a scrape; `None` says that the store does not answer."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Snapshot(self._families(active_sessions)))
         return generate_latest(registry)
 
-    def _families(self, active_sessions: int) -> Iterator[Metric]:
+    def _families(self, active_sessions: int | None) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
             "arbiter_decisions",
             "Decisions taken, by operation and outcome: admitted, replayed or a denial code.",
@@ -83,8 +83,12 @@ class Metrics:
             decisions.add_metric(labels, count)
         yield decisions
         yield GaugeMetricFamily(
-            "arbiter_sessions_active", "Sessions that are active now.", active_sessions
+            "arbiter_store_up", "Whether the store answers.", int(active_sessions is not None)
         )
+        if active_sessions is not None:
+            yield GaugeMetricFamily(
+                "arbiter_sessions_active", "Sessions that are active now.", active_sessions
+            )
         yield CounterMetricFamily(
             "arbiter_sessions_created", "Sessions created.", value=self.created
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from app.store.base import SessionStore, StoreLimits
@@ -12,6 +14,11 @@ BACKENDS = {
     "sqlite": "app.store.sqlite:SqliteStore",
 }
 """Scheme -> where its `SessionStore` is. Its `from_url(url, limits)` makes one."""
+
+BACKUPS = {
+    "sqlite": "app.store.sqlite_backup:back_up",
+}
+"""Scheme -> how its store is copied into a file."""
 
 ONE_PROCESS = {
     "memory": "every worker would have sessions and budgets of its own",
@@ -36,7 +43,22 @@ def scheme_of(url: str) -> str:
 def open_store(url: str, limits: StoreLimits) -> SessionStore:
     """The store at `url`, not yet opened. Raises `UnknownStore`, or `ValueError` if the
     backend cannot use the URL."""
-    module, _, name = BACKENDS[scheme_of(url)].partition(":")
-    backend = getattr(import_module(module), name)
-    store: SessionStore = backend.from_url(url, limits)
+    store: SessionStore = _imported(BACKENDS[scheme_of(url)]).from_url(url, limits)
     return store
+
+
+def back_up(url: str, target: Path) -> int:
+    """Copy the store at `url`, which may be in use, into a new file; how many sessions.
+
+    Raises `UnknownStore` if such a store is not backed up by us, and `StoreUnusable`.
+    """
+    scheme = scheme_of(url)
+    if scheme not in BACKUPS:
+        raise UnknownStore(f"a {scheme} store is not a file that could be copied")
+    sessions: int = _imported(BACKUPS[scheme])(url, target)
+    return sessions
+
+
+def _imported(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

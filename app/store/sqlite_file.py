@@ -22,7 +22,7 @@ BUSY_SECS = 1.0
 CHECKPOINT_PAGES = 4000
 """Pages of 4 KiB in the log before they are moved into the file."""
 
-_OWNER_ONLY = 0o600
+OWNER_ONLY = 0o600
 """Session ids are capabilities."""
 
 _REASONS = {
@@ -42,7 +42,9 @@ _REASONS = {
 def reason(error: Exception) -> str:
     """Why the file cannot be used, for an operator."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        if isinstance(error, FileNotFoundError):
+            return "there is no such file or folder"
+        return (error.strerror or str(error)).lower()
     name = getattr(error, "sqlite_errorname", None)
     if name is None:
         return str(error)
@@ -116,7 +118,7 @@ class DatabaseFile:
 def _own(path: Path) -> int:
     """Take the lock that says who owns the file; it goes with the process. Not a lock on
     the file itself: SQLite's own would be lost when it is closed (fcntl(2))."""
-    lock = os.open(f"{path}-owner", os.O_RDWR | os.O_CREAT, _OWNER_ONLY)
+    lock = os.open(f"{path}-owner", os.O_RDWR | os.O_CREAT, OWNER_ONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -132,7 +134,7 @@ def _own(path: Path) -> int:
 
 def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
     # SQLite gives the files beside it the same permissions.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, _OWNER_ONLY))
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
     db = sqlite3.connect(path, timeout=BUSY_SECS, isolation_level=None, check_same_thread=False)
     try:
         _keep_log(db)
@@ -142,7 +144,7 @@ def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
         db.execute("PRAGMA fullfsync = ON")
         db.execute("PRAGMA checkpoint_fullfsync = ON")
         migrate(db)
-        _check(db)
+        check_undamaged(db)
     except BaseException:
         db.close()
         raise
@@ -155,7 +157,7 @@ def _keep_log(db: sqlite3.Connection) -> None:
         raise StoreUnusable("its file system cannot keep a write-ahead log")
 
 
-def _check(db: sqlite3.Connection) -> None:
+def check_undamaged(db: sqlite3.Connection) -> None:
     """Raise `StoreUnusable` if the file is damaged."""
     found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
     if found != ["ok"]:

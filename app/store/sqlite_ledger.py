@@ -70,13 +70,14 @@ class Ledger:
     def transaction(self) -> Iterator[None]:
         """All that happens inside is durable at the end, or nothing of it has happened.
         Raises `sqlite3.Error`."""
-        before = self._tally, self._reserved_until
+        before = self._tally
         try:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._tally, self._reserved_until = before
+            # The next one has to write, and so finds out whether the file can be written.
+            self._tally, self._reserved_until = before, 0
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise

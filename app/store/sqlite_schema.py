@@ -77,11 +77,10 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
     Raises `StoreUnusable` if it comes from a newer version of this program, or from
     another program.
     """
-    (application_id,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
     (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if application_id != APPLICATION_ID and (tables or application_id or version):
-        raise StoreUnusable("it is the database of another program")
+    if tables:
+        check_ours(db)
+    (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
         raise StoreUnusable(
             f"its schema has version {version} and this program knows up to "
@@ -98,3 +97,10 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
+
+
+def check_ours(db: sqlite3.Connection) -> None:
+    """Raise `StoreUnusable` if another program made the file."""
+    (application_id,) = db.execute("PRAGMA application_id").fetchone()
+    if application_id != APPLICATION_ID:
+        raise StoreUnusable("it is the database of another program")

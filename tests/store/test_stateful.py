@@ -28,13 +28,16 @@ from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
 from app.domain.tools import AllowList
 from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
-from tests.conftest import STORES
+from tests.conftest import DURABLE, STORES
 from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
 
 T = TypeVar("T")
 
 RETENTION_SECS = 20
 CAP = 3
+LIMITS = StoreLimits(
+    retention_secs=RETENTION_SECS, max_sessions=99, max_active_sessions_per_agent=CAP
+)
 DAY_SECS = 24 * 3600
 TIERS = ["public", "internal", "confidential", "restricted"]
 KEYS = [
@@ -152,15 +155,14 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = ManualClock()
         self.runner = asyncio.Runner()
-        limits = StoreLimits(
-            retention_secs=RETENTION_SECS, max_sessions=99, max_active_sessions_per_agent=CAP
-        )
         self.folder = TemporaryDirectory()
-        self.store: SessionStore = type(self).make_store(
-            limits, self.clock, Path(self.folder.name)
-        )
+        self.store = self._make()
         self.models: dict[str, Model] = {}
         self.creations: dict[IdempotencyKey, tuple[int, Grant, str]] = {}
+
+    def _make(self) -> SessionStore:
+        store: SessionStore = type(self).make_store(LIMITS, self.clock, Path(self.folder.name))
+        return store
 
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(step)
@@ -387,11 +389,22 @@ class StoreMachine(RuleBasedStateMachine):
 _BARS = {"agent", "session"}
 
 
+class DurableMachine(StoreMachine):
+    """The same, and the service is restarted now and then."""
+
+    @rule()
+    def restart(self) -> None:
+        self.run(self.store.aclose())
+        self.store = self._make()
+        self.run(self.store.open())
+
+
+HISTORIES = settings(max_examples=150, stateful_step_count=25, deadline=None)
+
+
 @pytest.mark.parametrize("backend", STORES)
 def test_any_history_leaves_store_and_model_agreeing(backend: str) -> None:
-    class Machine(StoreMachine):
+    class Machine(DurableMachine if backend in DURABLE else StoreMachine):
         make_store = staticmethod(STORES[backend])
 
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=150, stateful_step_count=25, deadline=None)
-    )
+    run_state_machine_as_test(Machine, settings=HISTORIES)

@@ -1,0 +1,234 @@
+"""What the stores promise that outlive the process (`DURABLE`): a store that is closed, or
+whose process is gone, and one that is opened in its place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain.admission import Admitted, DenialCode, Denied
+from app.domain.errors import Overloaded
+from app.domain.session import DataSensitivity, Session, SessionStatus
+from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from tests.conftest import DURABLE, STORES
+from tests.support import (
+    AGENT,
+    OTHER_AGENT,
+    ManualClock,
+    a_batch,
+    a_call,
+    a_grant,
+    new_id,
+    opened,
+)
+
+pytestmark = pytest.mark.anyio
+
+KEY = IdempotencyKey("proxy", "key-1")
+
+Reopen = Callable[..., Awaitable[SessionStore]]
+
+
+@pytest.fixture(params=DURABLE)
+async def reopen(
+    request: pytest.FixtureRequest, clock: ManualClock, tmp_path: Path
+) -> AsyncIterator[Reopen]:
+    """Opens the store; closes it first if it is open. `crash` leaves it as it is instead,
+    as if the process had been killed, and goes on with its files as they are. `down_secs`
+    is how much later the wall clock says that it is then."""
+    async with AsyncExitStack() as stack:
+        folder, lives = tmp_path / "0", 0
+        folder.mkdir()
+        current = None
+
+        async def open_again(
+            *, crash: bool = False, down_secs: int = 0, **limits: Any
+        ) -> SessionStore:
+            nonlocal current, folder, lives
+            if crash:
+                lives += 1
+                left = folder
+                folder = tmp_path / str(lives)
+                shutil.copytree(left, folder)
+                stack.push_async_callback(current.aclose)
+            elif current is not None:
+                await current.aclose()
+            clock.advance(down_secs)
+            current = STORES[request.param](StoreLimits(**limits), clock, folder)
+            await current.open()
+            return current
+
+        yield open_again
+        await current.aclose()
+
+
+@pytest.fixture(params=["stopped", "crashed"])
+def crash(request: pytest.FixtureRequest) -> bool:
+    return request.param == "crashed"
+
+
+async def test_a_session_is_what_it_was(reopen: Reopen, crash: bool) -> None:
+    store = await reopen()
+    terms = {
+        "declared_intent": "ünïcode \0 and \U0001f600",
+        "delegation_chain_snapshot": ("alice", "bob"),
+        "call_budget": 7,
+        "rate_limit_per_minute": 5,
+        "rate_limit_window_secs": 30,
+        "data_sensitivity_ceiling": DataSensitivity.RESTRICTED,
+    }
+    session = await opened(store, a_grant("read_file", "fs.*", "*x*y", **terms))
+    admitted = await store.record(session.session_id, a_batch("fs.list", "axby"))
+    closed = await store.close((await opened(store)).session_id)
+    assert isinstance(admitted, Admitted)
+    assert isinstance(closed, Session)
+
+    store = await reopen(crash=crash)
+
+    after = await store.get(session.session_id)
+    assert after is not None
+    assert after.at(0) == admitted.session.at(0)
+    closed_after = await store.get(closed.session_id)
+    assert closed_after is not None
+    assert closed_after.at(0) == closed.at(0)
+    page = await store.list_all(SessionFilter(AGENT, SessionStatus.ACTIVE), limit=9)
+    assert [each.session_id for each in page.sessions] == [session.session_id]
+
+
+async def test_a_budget_is_not_given_twice(reopen: Reopen, crash: bool) -> None:
+    store = await reopen()
+    session = await opened(store, a_grant(call_budget=3))
+    made = 0
+    for _ in range(5):
+        decision = await store.record(session.session_id, a_call())
+        made += isinstance(decision, Admitted)
+        store = await reopen(crash=crash)
+
+    assert made == 3
+
+
+async def test_a_rate_window_goes_on(reopen: Reopen, clock: ManualClock) -> None:
+    store = await reopen()
+    session = await opened(store, a_grant(rate_limit_per_minute=1))
+    await store.record(session.session_id, a_call())
+
+    store = await reopen()
+
+    clock.advance(59)
+    denied = await store.record(session.session_id, a_call())
+    assert isinstance(denied, Denied)
+    assert denied.retry_after_secs == 1
+    clock.advance(1)
+    assert isinstance(await store.record(session.session_id, a_call()), Admitted)
+
+
+async def test_retries_are_still_replays(reopen: Reopen, crash: bool) -> None:
+    store = await reopen()
+    created = await store.create(new_id(), a_grant(), KEY)
+    assert isinstance(created, Admitted)
+    session_id = created.session.session_id
+    first = await store.record(session_id, a_call(), KEY)
+    assert isinstance(first, Admitted)
+    await store.record(session_id, a_call())
+
+    store = await reopen(crash=crash)
+
+    assert await store.create(new_id(), a_grant(), KEY) == Admitted(
+        created.session, replayed=True
+    )
+    assert await store.record(session_id, a_call(), KEY) == Admitted(
+        first.session, replayed=True
+    )
+    for conflict in (
+        await store.create(new_id(), a_grant(call_budget=1), KEY),
+        await store.record(session_id, a_call("list_dir"), KEY),
+    ):
+        assert isinstance(conflict, Denied)
+        assert conflict.code is DenialCode.IDEMPOTENCY_CONFLICT
+    after = await store.get(session_id)
+    assert after is not None
+    assert after.calls_made == 2
+
+
+async def test_a_kill_switch_stays_thrown(reopen: Reopen, crash: bool) -> None:
+    store = await reopen()
+    session = await opened(store)
+    assert await store.close_sessions_for_agent(AGENT) == 1
+
+    store = await reopen(crash=crash)
+
+    denied = await store.record(session.session_id, a_call())
+    assert isinstance(denied, Denied)
+    assert denied.code is DenialCode.SESSION_CLOSED
+
+
+async def test_caps_and_counts_are_what_they_were(reopen: Reopen, crash: bool) -> None:
+    limits = {"max_sessions": 4, "max_active_sessions_per_agent": 2}
+    store = await reopen(**limits)
+    for _ in range(2):
+        await store.create(new_id(), a_grant(), None)
+    closed = await opened(store, a_grant(agent_id=OTHER_AGENT))
+    await store.close(closed.session_id)
+
+    store = await reopen(crash=crash, **limits)
+
+    assert await store.count_active() == await store.count_active_for_agent(AGENT) == 2
+    denied = await store.create(new_id(), a_grant())
+    assert isinstance(denied, Denied)
+    assert denied.code is DenialCode.TOO_MANY_SESSIONS
+    await opened(store, a_grant(agent_id=OTHER_AGENT))
+    with pytest.raises(Overloaded):
+        await opened(store, a_grant(agent_id=OTHER_AGENT))
+
+
+async def test_time_that_passed_while_it_was_down_counts(
+    reopen: Reopen, clock: ManualClock, crash: bool
+) -> None:
+    store = await reopen(retention_secs=100)
+    session = await opened(store, a_grant(time_limit_secs=60))
+
+    store = await reopen(crash=crash, down_secs=60, retention_secs=100)
+
+    after = await store.get(session.session_id)
+    assert after is not None
+    assert after.status is SessionStatus.EXPIRED
+    clock.advance(100)
+    assert (await store.cleanup_expired(9)).expired == 1
+
+
+async def test_a_wall_clock_that_went_back_extends_nothing(
+    reopen: Reopen, clock: ManualClock, crash: bool
+) -> None:
+    store = await reopen()
+    over = await opened(store, a_grant(time_limit_secs=60))
+    alive = await opened(store, a_grant(time_limit_secs=120))
+    clock.advance(60)
+    told = await store.get(over.session_id)
+    assert told is not None
+    assert told.status is SessionStatus.EXPIRED
+
+    store = await reopen(crash=crash, down_secs=-3600)
+
+    expired = await store.record(over.session_id, a_call())
+    assert isinstance(expired, Denied)
+    assert expired.code is DenialCode.SESSION_EXPIRED
+    assert isinstance(await store.record(alive.session_id, a_call()), Admitted)
+    clock.advance(60)
+    ended = await store.get(alive.session_id)
+    assert ended is not None
+    assert ended.status is SessionStatus.EXPIRED
+
+
+async def test_a_stop_in_order_costs_no_time(reopen: Reopen, clock: ManualClock) -> None:
+    store = await reopen()
+    session = await opened(store, a_grant(time_limit_secs=60))
+    for _ in range(10):
+        store = await reopen()
+
+    clock.advance(59)
+    assert isinstance(await store.record(session.session_id, a_call()), Admitted)

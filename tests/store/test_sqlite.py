@@ -1,0 +1,354 @@
+"""What only the SQLite store has: a file, its schema, and commits that can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from app.domain.admission import Admitted
+from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.session import SessionStatus
+from app.store import open_store
+from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.sqlite import SqliteStore
+from app.store.sqlite_backup import back_up
+from app.store.sqlite_file import Location
+from app.store.sqlite_schema import APPLICATION_ID, MIGRATIONS, migrate
+from tests.support import AGENT, ManualClock, a_call, a_grant, new_id, opened
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+async def store(file: Path, clock: ManualClock) -> AsyncIterator[SqliteStore]:
+    made = SqliteStore(Location(file, "normal"), StoreLimits(retention_secs=0), clock)
+    await made.open()
+    yield made
+    await made.aclose()
+
+
+def database(store: SqliteStore) -> sqlite3.Connection:
+    """The store's own connection, to put obstacles in its way."""
+    return store._file.db
+
+
+class TestUrl:
+    @pytest.mark.parametrize(
+        ("url", "path", "synchronous"),
+        [
+            ("sqlite:///var/lib/s.db", "/var/lib/s.db", "full"),
+            ("sqlite:////var/lib/s.db", "/var/lib/s.db", "full"),
+            ("sqlite:///var/with%20space/s.db", "/var/with space/s.db", "full"),
+            ("sqlite:///s.db?synchronous=normal", "/s.db", "normal"),
+            ("sqlite:///s.db?synchronous=full", "/s.db", "full"),
+        ],
+    )
+    def test_it_says_where_and_how_safe(self, url: str, path: str, synchronous: str) -> None:
+        assert Location.of_url(url) == (Path(path), synchronous)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "sqlite://",
+            "sqlite:///",
+            "sqlite://sessions.db",
+            "sqlite://host/sessions.db",
+            "sqlite:///folder/",
+            "sqlite:///s.db?synchronous=off",
+            "sqlite:///s.db?synchronous=",
+            "sqlite:///s.db?journal=off",
+            "sqlite:///s.db#x",
+            "sqlite:///a%00b",
+        ],
+    )
+    def test_anything_else_is_refused(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r"sqlite:///|synchronous"):
+            open_store(url, StoreLimits())
+
+    @pytest.mark.parametrize(("option", "level"), [("", 2), ("?synchronous=normal", 1)])
+    async def test_commits_are_as_safe_as_it_says(
+        self, file: Path, option: str, level: int
+    ) -> None:
+        store = open_store(f"sqlite://{file}{option}", StoreLimits())
+        assert isinstance(store, SqliteStore)
+        await store.open()
+        try:
+            assert database(store).execute("PRAGMA synchronous").fetchone() == (level,)
+            assert database(store).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        finally:
+            await store.aclose()
+
+
+class TestFile:
+    async def test_only_the_owner_can_read_it(self, store: SqliteStore, file: Path) -> None:
+        await opened(store)
+
+        for each in file.parent.iterdir():
+            assert stat.S_IMODE(each.stat().st_mode) == 0o600, each
+
+    async def test_it_has_one_owner(self, store: SqliteStore, file: Path) -> None:
+        second = SqliteStore(Location(file, "normal"), StoreLimits())
+
+        with pytest.raises(StoreUnusable, match="another process"):
+            await second.open()
+
+        await opened(store)
+
+    async def test_a_closed_store_is_one_file_that_can_be_opened_again(
+        self, file: Path
+    ) -> None:
+        for _ in range(2):
+            store = SqliteStore(Location(file, "normal"), StoreLimits())
+            await store.open()
+            await opened(store)
+            await store.aclose()
+
+        assert {each.name for each in file.parent.iterdir()} == {
+            "sessions.db",
+            "sessions.db-owner",
+        }
+
+    async def test_the_file_itself_refuses_a_call_over_budget(self, store: SqliteStore) -> None:
+        await opened(store, a_grant(call_budget=3))
+
+        with pytest.raises(sqlite3.IntegrityError):
+            database(store).execute("UPDATE sessions SET calls_made = 4")
+
+
+class TestSchema:
+    def make(self, file: Path, *statements: str) -> None:
+        db = sqlite3.connect(file)
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+        db.close()
+
+    async def test_a_file_of_a_newer_version_is_refused_and_left_alone(
+        self, file: Path
+    ) -> None:
+        newer = len(MIGRATIONS) + 1
+        self.make(
+            file,
+            f"PRAGMA application_id = {APPLICATION_ID}",
+            f"PRAGMA user_version = {newer}",
+            "CREATE TABLE sessions (x)",
+        )
+
+        with pytest.raises(StoreUnusable, match=f"version {newer}.* up to {newer - 1}"):
+            await SqliteStore(Location(file, "full"), StoreLimits()).open()
+
+        db = sqlite3.connect(file)
+        assert db.execute("PRAGMA user_version").fetchone() == (newer,)
+        db.close()
+
+    async def test_the_database_of_another_program_is_refused(self, file: Path) -> None:
+        self.make(file, "CREATE TABLE users (name TEXT)")
+
+        with pytest.raises(StoreUnusable, match="another program"):
+            await SqliteStore(Location(file, "full"), StoreLimits()).open()
+
+    def test_migrations_run_in_order_and_once(self) -> None:
+        db = sqlite3.connect(":memory:", isolation_level=None)
+        steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2)"]
+        migrate(db, steps)
+        steps.append("INSERT INTO log SELECT 1 + max(step) FROM log")
+
+        migrate(db, steps)
+        migrate(db, steps)
+
+        assert db.execute("SELECT step FROM log").fetchall() == [(2,), (3,)]
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        db.close()
+
+    def test_a_migration_that_fails_changes_nothing(self) -> None:
+        db = sqlite3.connect(":memory:", isolation_level=None)
+        steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2); SELECT nonsense"]
+
+        with pytest.raises(sqlite3.Error, match="nonsense"):
+            migrate(db, steps)
+
+        assert db.execute("SELECT step FROM log").fetchall() == []
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert not db.in_transaction
+        db.close()
+
+
+class TestFailingCommits:
+    async def test_nobody_is_admitted_and_nothing_is_charged(self, store: SqliteStore) -> None:
+        session = await opened(store)
+        (pages,) = database(store).execute("PRAGMA page_count").fetchone()
+        database(store).execute(f"PRAGMA max_page_count = {pages}")
+        big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
+
+        # One that needs room, and with it all that share its commit.
+        outcomes = await asyncio.gather(
+            store.record(session.session_id, a_call()),
+            store.create(new_id(), big),
+            store.close(session.session_id),
+            return_exceptions=True,
+        )
+
+        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 3
+        database(store).execute("PRAGMA max_page_count = 100000")
+        decision = await store.record(session.session_id, a_call())
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 1
+        assert await store.count_active() == 1
+
+    async def test_counts_are_right_after_a_failure(self, store: SqliteStore) -> None:
+        (pages,) = database(store).execute("PRAGMA page_count").fetchone()
+        database(store).execute(f"PRAGMA max_page_count = {pages}")
+        big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
+        with pytest.raises(StoreUnavailable):
+            await store.create(new_id(), big, IdempotencyKey("a", "b"))
+        database(store).execute("PRAGMA max_page_count = 100000")
+
+        made = await store.create(new_id(), big, IdempotencyKey("a", "b"))
+
+        assert isinstance(made, Admitted)
+        assert not made.replayed
+        assert await store.count_active() == 1
+
+    async def test_a_defect_fails_its_own_request_and_undoes_the_group(
+        self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        session = await opened(store)
+
+        def defect(session_id: str) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(store._ledger, "get", defect)
+        outcomes = await asyncio.gather(
+            store.record(session.session_id, a_call()),
+            store.get(session.session_id),
+            store.record(session.session_id, a_call()),
+            return_exceptions=True,
+        )
+
+        assert [type(outcome) for outcome in outcomes] == [
+            StoreUnavailable,
+            ZeroDivisionError,
+            StoreUnavailable,
+        ]
+        monkeypatch.undo()
+        after = await store.get(session.session_id)
+        assert after is not None
+        assert after.calls_made == 0
+
+    async def test_no_session_comes_out_of_a_commit_that_failed(
+        self, store: SqliteStore, clock: ManualClock
+    ) -> None:
+        """A row that was rolled back gives its number to the next session."""
+        session_id = new_id()
+
+        def fill_and_fail() -> None:
+            store._ledger.create(session_id, a_grant("other"), None)
+            store._ledger.get(session_id)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with pytest.raises(StoreUnavailable):
+            await store._commits.submit(fill_and_fail)
+        session = await opened(store, a_grant("mine"))
+
+        assert await store.get(session_id) is None
+        assert (await store.get(session.session_id)) == session
+
+
+class TestCost:
+    async def test_no_statement_scans_the_sessions(
+        self, store: SqliteStore, clock: ManualClock
+    ) -> None:
+        db = database(store)
+        statements: set[str] = set()
+        db.set_trace_callback(statements.add)
+        key = IdempotencyKey("a", "b")
+        session = await opened(store)
+        await store.create(new_id(), a_grant(), key)
+        await store.record(session.session_id, a_call(), key)
+        for status in (None, *SessionStatus):
+            for agent_id in (None, AGENT):
+                await store.list_all(SessionFilter(agent_id, status), limit=1)
+        await store.count_active()
+        await store.count_active_for_agent(AGENT)
+        await store.close(session.session_id)
+        await store.close_sessions_for_agent(AGENT)
+        clock.advance(10**6)
+        await store.cleanup_expired(100)
+        db.set_trace_callback(None)
+
+        plans = {
+            statement: [step[3] for step in db.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            for statement in statements
+            if statement.split()[0] in {"SELECT", "UPDATE", "DELETE", "INSERT"}
+        }
+        assert len(plans) > 15
+        scans = {
+            statement: plan
+            for statement, plan in plans.items()
+            if any(step.startswith("SCAN") for step in plan) and " clock " not in statement
+        }
+        assert scans == {}
+        sorts = [plan for plan in plans.values() if any("TEMP B-TREE" in s for s in plan)]
+        assert sorts == []
+
+
+class TestBackup:
+    async def test_a_copy_of_a_live_store_is_consistent_and_goes_on(
+        self, store: SqliteStore, file: Path, clock: ManualClock
+    ) -> None:
+        copy = file.with_name("copy.db")
+        session = await opened(store, a_grant(call_budget=100))
+        stop = asyncio.Event()
+
+        async def keep_calling() -> None:
+            while not stop.is_set():
+                await store.record(session.session_id, a_call())
+
+        calling = asyncio.create_task(keep_calling())
+        before = await store.get(session.session_id)
+        copied = await asyncio.to_thread(back_up, f"sqlite://{file}", copy)
+        after = await store.get(session.session_id)
+        stop.set()
+        await calling
+
+        assert copied == 1
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        assert not list(file.parent.glob("copy.db?*"))
+        restored = SqliteStore(Location(copy, "full"), StoreLimits(), clock)
+        await restored.open()
+        found = await restored.get(session.session_id)
+        await restored.aclose()
+        assert before is not None
+        assert after is not None
+        assert found is not None
+        assert before.calls_made <= found.calls_made <= after.calls_made
+
+    async def test_nothing_is_overwritten(self, store: SqliteStore, file: Path) -> None:
+        copy = file.with_name("copy.db")
+        copy.write_text("precious")
+
+        with pytest.raises(StoreUnusable, match="there already"):
+            back_up(f"sqlite://{file}", copy)
+
+        assert copy.read_text() == "precious"
+
+    @pytest.mark.parametrize("content", [None, b"", b"no database at all" * 100])
+    def test_what_is_no_store_is_not_copied(self, file: Path, content: bytes | None) -> None:
+        copy = file.with_name("copy.db")
+        if content is not None:
+            file.write_bytes(content)
+
+        with pytest.raises(StoreUnusable, match=str(file)):
+            back_up(f"sqlite://{file}", copy)
+
+        assert not list(file.parent.glob("copy.db*"))
