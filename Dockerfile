@@ -7,7 +7,9 @@ COPY requirements.lock .
 RUN /venv/bin/pip install --require-hashes --requirement requirements.lock
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin arbiter
+# A volume at /data takes over the owner of the folder.
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin arbiter \
+    && install --directory --owner=10001 --group=10001 --mode=0700 /data
 COPY --from=build /venv /venv
 COPY app /srv/app
 WORKDIR /srv

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.store import scheme_of
 from tests.e2e.conftest import ROOT, Service, StartService
 from tests.support import session_request
 
@@ -60,10 +61,11 @@ def test_a_port_that_is_taken_is_one_sentence(start_service: StartService) -> No
     assert second.stderr.endswith("Address already in use\n")
 
 
+@pytest.mark.parametrize("store", ["memory://", "sqlite://{folder}/sessions.db"], ids=scheme_of)
 async def test_500_racing_calls_on_a_budget_of_50_admit_exactly_50(
-    start_service: StartService,
+    start_service: StartService, tmp_path: Path, store: str
 ) -> None:
-    service = start_service()
+    service = start_service(ARBITER_STORE_URL=store.format(folder=tmp_path))
     limits = httpx.Limits(max_connections=50)
     async with httpx.AsyncClient(base_url=service.url, limits=limits, timeout=30) as client:
         created = await client.post("/sessions", json=session_request(call_budget=50))
