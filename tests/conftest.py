@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -132,11 +132,16 @@ MakeApi = Callable[..., Awaitable[Api]]
 
 @pytest.fixture(params=product(STORES, LANES), ids="-".join)
 async def make_api(
-    request: pytest.FixtureRequest, clock: ManualClock, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    clock: ManualClock,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[MakeApi]:
     """Starts the application with the given settings, over every store and lane, and stops
     it after the test."""
     backend, lane = request.param
+    # Here it would go through all objects of the test run each time, which takes minutes.
+    monkeypatch.setattr("app.main.short_pauses", nullcontext)
     async with AsyncExitStack() as stack:
 
         async def make(*, store: SessionStore | None = None, **settings: Any) -> Api:
