@@ -20,8 +20,11 @@ from app.settings import Settings
 from app.store.base import SessionStore, StoreLimits
 from app.store.clock import Clock
 from app.store.memory import MemoryStore
+from app.store.redis import RedisStore
+from app.store.redis_url import RedisUrl
 from app.store.sqlite import SqliteStore
 from app.store.sqlite_file import Location
+from tests import engines
 from tests.support import ManualClock, session_request
 
 
@@ -30,15 +33,37 @@ def sqlite_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStor
     return SqliteStore(Location(folder / "sessions.db", "normal"), limits, clock)
 
 
+def _fresh(folder: Path) -> bool:
+    """Whether a store is made in this folder for the first time."""
+    mark = folder / "used"
+    fresh = not mark.exists()
+    mark.touch()
+    return fresh
+
+
+def redis_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
+    if _fresh(folder):
+        engines.single().client.flushall()
+    return RedisStore(RedisUrl.parse(engines.single().url), limits, clock)
+
+
+def cluster_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
+    if _fresh(folder):
+        engines.cluster().flush()
+    return RedisStore(RedisUrl.parse(engines.cluster().url), limits, clock)
+
+
 STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
     "memory": lambda limits, clock, _: MemoryStore(limits, clock),
     "sqlite": sqlite_store,
+    "redis": redis_store,
+    "cluster": cluster_store,
 }
 """How each backend is made for a test, in a folder of its own. A new one is one more line."""
 
 LANES = {"framework": False, "fast": True}
 
-DURABLE = ["sqlite"]
+DURABLE = ["sqlite", "redis", "cluster"]
 """Backends that outlive the process: a store that is made anew in the same folder goes on."""
 
 MakeStore = Callable[..., Awaitable[SessionStore]]

@@ -153,15 +153,16 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
         and (limit is None or (n if elapsed else session.rate_window_calls + n) <= limit)
     ):
         return Admitted(session.counted(n, now, new_window=elapsed))
-    return _denial(session.at(now), admission)
+    seen = session.at(now)
+    return denial(seen, n, _violations(seen, admission))
 
 
-def _denial(session: Session, admission: Admission) -> Denied:
-    violations = _violations(session, admission)
+def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> Denied:
+    """The denial of so many calls by rules 5 to 8; `session` is as of now."""
     first = violations[0]
     next_action, retry_after_secs = _NEXT_ACTION.get(first.code, NextAction.STOP), None
     if first.code is DenialCode.RATE_LIMITED:
-        next_action, retry_after_secs = _when_rate_allows(session, len(admission.tool_names))
+        next_action, retry_after_secs = _when_rate_allows(session, calls)
     return Denied(
         first.code,
         next_action,
@@ -180,26 +181,38 @@ _NEXT_ACTION = {
 }
 
 
+def violation(
+    code: DenialCode, session: Session, tool_indexes: tuple[int, ...] = ()
+) -> Violation:
+    """The violation of one of rules 5 to 8 by a session as of now, with its figures."""
+    grant = session.grant
+    if code is DenialCode.BUDGET_EXCEEDED:
+        return Violation(code, grant.call_budget, session.calls_made)
+    if code is DenialCode.RATE_LIMITED:
+        return Violation(code, grant.rate_limit_per_minute, session.window_calls_used)
+    if code is DenialCode.TOOL_NOT_AUTHORIZED:
+        return Violation(code, tool_indexes=tool_indexes)
+    return Violation(code)
+
+
 def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]:
     grant = session.grant
     n = len(admission.tool_names)
     found = []
     if session.calls_made + n > grant.call_budget:
-        found.append(
-            Violation(DenialCode.BUDGET_EXCEEDED, grant.call_budget, session.calls_made)
-        )
+        found.append(violation(DenialCode.BUDGET_EXCEEDED, session))
     allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
     unauthorized = tuple(
         index for index, name in enumerate(admission.tool_names) if not allowed[name]
     )
     if unauthorized:
-        found.append(Violation(DenialCode.TOOL_NOT_AUTHORIZED, tool_indexes=unauthorized))
+        found.append(violation(DenialCode.TOOL_NOT_AUTHORIZED, session, unauthorized))
     tier = admission.data_sensitivity
     if tier is not None and tier.exceeds(grant.data_sensitivity_ceiling):
-        found.append(Violation(DenialCode.SENSITIVITY_EXCEEDED))
-    limit, used = grant.rate_limit_per_minute, session.window_calls_used
-    if limit is not None and used + n > limit:
-        found.append(Violation(DenialCode.RATE_LIMITED, limit, used))
+        found.append(violation(DenialCode.SENSITIVITY_EXCEEDED, session))
+    limit = grant.rate_limit_per_minute
+    if limit is not None and session.window_calls_used + n > limit:
+        found.append(violation(DenialCode.RATE_LIMITED, session))
     return tuple(found)
 
 

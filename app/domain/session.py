@@ -39,6 +39,11 @@ class DataSensitivity(StrEnum):
     CONFIDENTIAL = "confidential"
     RESTRICTED = "restricted"
 
+    @property
+    def rank(self) -> int:
+        """0 for the lowest tier, and one more for each above it."""
+        return _TIER[self]
+
     def exceeds(self, ceiling: DataSensitivity) -> bool:
         """Whether this tier lies above `ceiling`."""
         return _TIER[self] > _TIER[ceiling]

@@ -12,6 +12,10 @@ from app.store.base import SessionStore, StoreLimits
 BACKENDS = {
     "memory": "app.store.memory:MemoryStore",
     "sqlite": "app.store.sqlite:SqliteStore",
+    "redis": "app.store.redis:RedisStore",
+    "rediss": "app.store.redis:RedisStore",
+    "redis+cluster": "app.store.redis:RedisStore",
+    "redis+sentinel": "app.store.redis:RedisStore",
 }
 """Scheme -> where its `SessionStore` is. Its `from_url(url, limits)` makes one."""
 

@@ -175,6 +175,6 @@ class SessionStore(ABC):
     async def cleanup_expired(self, limit: int) -> Swept:
         """Remove up to `limit` sessions that ended at least `retention_secs` ago.
 
-        What is remembered with a session counts as well: the work is bounded by `limit`, so
-        that a caller can yield between slices.
+        What is remembered with a session counts as well, where there is work in removing it:
+        it is bounded by `limit`, so that a caller can yield between slices.
         """

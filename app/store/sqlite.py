@@ -9,7 +9,6 @@ has charged nothing. Decisions are those of `decide`, as in memory.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,10 +30,9 @@ from app.store.base import (
 )
 from app.store.clock import Clock, anchored_clock
 from app.store.group_commit import GroupCommit, Job
+from app.store.health import Health
 from app.store.sqlite_file import DatabaseFile, Location, explained, reason
 from app.store.sqlite_ledger import Ledger
-
-_log = logging.getLogger("arbiter.store")
 
 
 class SqliteStore(SessionStore):
@@ -46,7 +44,7 @@ class SqliteStore(SessionStore):
         self._location = location
         self._limits = limits
         self._clock = clock or anchored_clock()
-        self._failing = False
+        self._health = Health()
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> SqliteStore:
@@ -86,16 +84,12 @@ class SqliteStore(SessionStore):
                     # One by one: how many there are tells which job met a defect.
                     outcomes.append(_outcome(job))  # noqa: PERF401
         except (sqlite3.Error, OSError) as error:
-            if not self._failing:
-                self._failing = True
-                _log.error("store unavailable: %s", reason(error))
+            self._health.failed(reason(error))
             return [StoreUnavailable() for _ in jobs]
         except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
             met_in = len(outcomes)
             return [defect if n == met_in else StoreUnavailable() for n in range(len(jobs))]
-        if self._failing:
-            self._failing = False
-            _log.warning("store available again")
+        self._health.succeeded()
         return outcomes
 
     @override

@@ -17,7 +17,7 @@ from app.domain.admission import Admission
 from app.domain.session import Grant, Session
 from app.store.base import IdempotencyKey
 from app.store.position import Position
-from app.store.sqlite_rows import to_admission, to_grant, to_session, to_text
+from app.store.serialisation import to_admission, to_grant, to_session, to_text
 
 GRANTS_KEPT = 16_384
 """Grants of the latest sessions that are kept decoded."""

@@ -566,7 +566,9 @@ class TestSweep:
         assert [each.expired + each.closed for each in slices] == [3, 3, 3, 1]
         assert [each.more for each in slices] == [True, True, True, False]
 
-    async def test_what_is_remembered_counts_as_work(self, make_store: MakeStore) -> None:
+    async def test_a_session_goes_with_all_that_is_remembered_of_it(
+        self, make_store: MakeStore
+    ) -> None:
         store = await make_store(retention_secs=0)
         session = await opened(store)
         for number in range(25):
@@ -576,8 +578,8 @@ class TestSweep:
 
         slices = [await store.cleanup_expired(10) for _ in range(3)]
 
-        assert [each.closed for each in slices] == [0, 0, 1]
-        assert [each.more for each in slices] == [True, True, False]
+        assert sum(each.closed for each in slices) == 1
+        assert not slices[-1].more
 
     async def test_a_swept_session_leaves_nothing_to_count_or_list(
         self, make_store: MakeStore

@@ -10,7 +10,7 @@ import pytest
 
 from app.domain.admission import Admission
 from app.domain.session import MICROSECONDS
-from app.store.base import StoreLimits
+from app.store.base import IdempotencyKey, StoreLimits
 from app.store.clock import anchored_clock
 from app.store.memory import MemoryStore
 from tests.support import a_batch, a_call, a_grant, opened
@@ -62,3 +62,17 @@ async def test_an_admission_scans_neither_sessions_nor_tools() -> None:
             found.add(await work(store, session.session_id, admission))
 
     assert len(found) == 1
+
+
+@pytest.mark.anyio
+async def test_what_is_remembered_counts_as_work() -> None:
+    """A busy session can have too many answers for one slice of a sweep."""
+    store = MemoryStore(StoreLimits(retention_secs=0))
+    session = await opened(store)
+    for number in range(25):
+        await store.record(session.session_id, a_call(), IdempotencyKey("a", str(number)))
+    await store.close(session.session_id)
+
+    slices = [await store.cleanup_expired(10) for _ in range(3)]
+
+    assert [each.closed for each in slices] == [0, 0, 1]

@@ -352,3 +352,15 @@ class TestBackup:
             back_up(f"sqlite://{file}", copy)
 
         assert not list(file.parent.glob("copy.db*"))
+
+
+async def test_what_is_remembered_counts_as_work(store: SqliteStore) -> None:
+    """A busy session can have too many answers for one slice of a sweep."""
+    session = await opened(store)
+    for number in range(25):
+        await store.record(session.session_id, a_call(), IdempotencyKey("a", str(number)))
+    await store.close(session.session_id)
+
+    slices = [await store.cleanup_expired(10) for _ in range(3)]
+
+    assert [each.closed for each in slices] == [0, 0, 1]

@@ -1,4 +1,4 @@
-"""Domain values as SQLite keeps them."""
+"""Domain values as the stores on a disk or in another process keep them: JSON."""
 
 from __future__ import annotations
 

@@ -1,0 +1,212 @@
+"""Sends scripts to Redis or Valkey: those of one turn of the event loop as one pipeline.
+
+Nothing is sent twice, except a script that the engine says it does not know. A request that
+is cancelled or out of time leaves its pipeline alone, so that no reply can reach another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redis.asyncio import RedisCluster
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+from redis.exceptions import (
+    ConnectionError as CannotConnect,
+)
+from redis.exceptions import (
+    TimeoutError as TooSlow,
+)
+
+from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.store.health import Health
+from app.store.redis_scripts import Script
+from app.store.redis_url import CONNECTIONS, Client, RedisUrl
+
+DEADLINE_SECS = 0.25
+"""How long a request waits for an answer."""
+
+MOST_AT_ONCE = 256
+"""Scripts in one pipeline."""
+
+_MIN_REDIS, _MIN_VALKEY = 7, 8
+
+_REASONS: list[tuple[type[Exception], str]] = [
+    (AuthenticationError, "it refused the user or the password"),
+    (AuthorizationError, "the user may not do this"),
+    (BusyLoadingError, "it is still loading its data"),
+    (TooSlow, "it did not answer in time"),
+    (CannotConnect, "there is no connection to it"),
+    (OutOfMemoryError, "it is out of memory"),
+    (ReadOnlyError, "it is a read-only replica"),
+    (ClusterDownError, "the cluster is down"),
+]
+
+
+def reason(error: Exception) -> str:
+    """Why the engine cannot be used, for an operator. Without data of requests."""
+    for kind, text in _REASONS:
+        if isinstance(error, kind):
+            return text
+    # The first word of an error of the engine says of what kind it is.
+    return f"it failed ({type(error).__name__}: {str(error).partition(' ')[0][:40]})"
+
+
+class Step(NamedTuple):
+    """A script to run with keys of one slot."""
+
+    script: Script
+    keys: tuple[str, ...]
+    arguments: Sequence[Any]
+
+    def command(self, *, by_name: bool) -> tuple[Any, ...]:
+        """As the engine wants it, by the name of the script or with its text."""
+        how = ("EVALSHA", self.script.sha) if by_name else ("EVAL", self.script.text)
+        return (*how, len(self.keys), *self.keys, *self.arguments)
+
+
+Waiting = tuple[Step, asyncio.Future[Any]]
+
+
+class Engine:
+    """A Redis or Valkey: one, behind sentinels, or a cluster."""
+
+    def __init__(self, url: RedisUrl) -> None:
+        self._url = url
+        self._health = Health()
+        self._waiting: list[Waiting] = []
+        self._turn: list[asyncio.Future[Any]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Connect, and see whether the engine can be trusted. Raises `StoreUnusable`."""
+        self._loop = asyncio.get_running_loop()
+        self._client: Client = self._url.client()
+        try:
+            await self._check()
+        except (RedisError, OSError) as error:
+            await self._client.aclose()
+            raise StoreUnusable(f"cannot use {self._url}: {reason(error)}") from error
+        except StoreUnusable as error:
+            await self._client.aclose()
+            raise StoreUnusable(f"cannot use {self._url}: {error}") from None
+
+    async def _check(self) -> None:
+        if isinstance(self._client, RedisCluster):
+            found = await self._client.info(target_nodes=RedisCluster.PRIMARIES)
+            engines = list(found.values()) if "redis_version" not in found else [found]
+        else:
+            engines = [await self._client.info()]
+        for engine in engines:
+            _check_version(engine)
+            policy = engine["maxmemory_policy"]
+            if policy != "noeviction" and not self._url.allow_eviction:
+                raise StoreUnusable(
+                    f"its maxmemory-policy is {policy}, so that it may forget sessions and "
+                    "give out their budgets again; set noeviction, or say ?allow_eviction=true"
+                )
+
+    async def aclose(self) -> None:
+        """Wait for what is under way, and disconnect."""
+        while self._sending:
+            await asyncio.wait(self._sending)
+        await self._client.aclose()
+
+    async def run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+        """What the script returns. Raises `StoreUnavailable` if that cannot be known within
+        the deadline; the script may have run nevertheless."""
+        return await self._submit(Step(script, keys, arguments))
+
+    async def run_all(self, steps: Sequence[Step]) -> list[Any]:
+        """What the scripts return. Raises `StoreUnavailable` if one of them failed."""
+        found: list[Any] = []
+        for first in range(0, len(steps), MOST_AT_ONCE):
+            some = steps[first : first + MOST_AT_ONCE]
+            found += await asyncio.gather(*(self._submit(step) for step in some))
+        return found
+
+    def _submit(self, step: Step) -> asyncio.Future[Any]:
+        if not self._turn:
+            self._loop.call_soon(self._end_turn)
+            self._loop.call_later(DEADLINE_SECS, self._give_up, self._turn)
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._turn.append(future)
+        self._waiting.append((step, future))
+        return future
+
+    def _give_up(self, turn: list[asyncio.Future[Any]]) -> None:
+        late = [future for future in turn if not future.done()]
+        for future in late:
+            future.set_exception(StoreUnavailable())
+        if late:
+            self._health.failed(reason(TooSlow()))
+
+    def _end_turn(self) -> None:
+        self._turn = []
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        while self._waiting and len(self._sending) < CONNECTIONS:
+            # What is no longer waited for has had no effect, and shall have none.
+            batch = [each for each in self._waiting[:MOST_AT_ONCE] if not each[1].done()]
+            del self._waiting[:MOST_AT_ONCE]
+            if batch:
+                task = self._loop.create_task(self._send(batch))
+                self._sending.add(task)
+                task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        self._send_waiting()
+
+    async def _send(self, batch: list[Waiting]) -> None:
+        try:
+            unknown = await self._pipeline(batch, by_name=True)
+            if unknown:
+                await self._pipeline(unknown, by_name=False)
+        except (RedisError, OSError) as error:
+            self._failed([future for _, future in batch], error)
+
+    async def _pipeline(self, batch: list[Waiting], *, by_name: bool) -> list[Waiting]:
+        """Run the scripts; those that the engine does not know."""
+        pipeline = self._client.pipeline(transaction=False)
+        for step, _ in batch:
+            pipeline.execute_command(*step.command(by_name=by_name))
+        results = await pipeline.execute(raise_on_error=False)
+        unknown = []
+        for waiting, result in zip(batch, results, strict=True):
+            future = waiting[1]
+            if isinstance(result, NoScriptError):
+                unknown.append(waiting)
+            elif isinstance(result, Exception):
+                self._failed([future], result)
+            else:
+                self._health.succeeded()
+                if not future.done():
+                    future.set_result(result)
+        return unknown
+
+    def _failed(self, futures: list[asyncio.Future[Any]], error: Exception) -> None:
+        self._health.failed(reason(error))
+        for future in futures:
+            if not future.done():
+                future.set_exception(StoreUnavailable())
+
+
+def _check_version(engine: dict[str, Any]) -> None:
+    name, least = "Redis", _MIN_REDIS
+    version = str(engine["redis_version"])
+    if "valkey_version" in engine:
+        name, least, version = "Valkey", _MIN_VALKEY, str(engine["valkey_version"])
+    if int(version.partition(".")[0]) < least:
+        raise StoreUnusable(f"it is {name} {version}, and {least} or newer is needed")

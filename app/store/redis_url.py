@@ -1,0 +1,153 @@
+"""Where a Redis or Valkey is, from a URL, and a client of it.
+
+The client tries nothing twice: an admission whose answer was lost may have been counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster, SSLConnection
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+
+Client = Redis | RedisCluster
+
+CONNECTIONS = 16
+"""Most connections to one engine."""
+
+SOCKET_TIMEOUT_SECS = 1.0
+"""How long one step may take before its connection is given up."""
+
+_PLAIN, _TLS = "redis", "rediss"
+_CLUSTER, _SENTINEL = "redis+cluster", "redis+sentinel"
+_PORTS = {_SENTINEL: 26379}
+_OPTIONS = {"tls", "allow_eviction"}
+_FLAGS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """What a URL says. `repr` has no password."""
+
+    kind: str
+    hosts: tuple[tuple[str, int], ...]
+    db: int
+    service: str
+    """What the sentinels call the primary."""
+    tls: bool
+    allow_eviction: bool
+    credentials: _Credentials
+
+    @classmethod
+    def parse(cls, url: str) -> RedisUrl:
+        """`redis://[user:password@]host[:port][/db]`, `rediss://` for TLS;
+        `redis+cluster://host,host`; `redis+sentinel://host,host/name[/db]`; options
+        `?tls=true` and `?allow_eviction=true`. Raises `ValueError`, never with the
+        password."""
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        if parts.fragment or not options.keys() <= _OPTIONS:
+            raise ValueError("the only options are ?tls=true and ?allow_eviction=true")
+        if not set(options.values()) <= _FLAGS.keys():
+            raise ValueError("an option is true or false")
+        flags = {name: _FLAGS[value] for name, value in options.items()}
+        service, db = _path(parts)
+        return cls(
+            parts.scheme,
+            _hosts(parts),
+            db,
+            service,
+            parts.scheme == _TLS or flags.get("tls", False),
+            flags.get("allow_eviction", False),
+            _Credentials.of(parts.netloc),
+        )
+
+    def __str__(self) -> str:
+        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        return f"{self.kind}://{hosts}"
+
+    def client(self) -> Client:
+        """A client that has not connected yet."""
+        common: dict[str, Any] = {
+            "username": self.credentials.username,
+            "password": self.credentials.password,
+            "socket_timeout": SOCKET_TIMEOUT_SECS,
+            "socket_connect_timeout": SOCKET_TIMEOUT_SECS,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        if self.kind == _CLUSTER:
+            nodes = [ClusterNode(host, port) for host, port in self.hosts]
+            return RedisCluster(
+                startup_nodes=nodes, ssl=self.tls, max_connections=CONNECTIONS, **common
+            )
+        if self.kind == _SENTINEL:
+            sentinel = Sentinel(  # type: ignore[no-untyped-call]
+                self.hosts, db=self.db, ssl=self.tls, **common
+            )
+            primary: Redis = sentinel.master_for(self.service, max_connections=CONNECTIONS)
+            return primary
+        ((host, port),) = self.hosts
+        if self.tls:
+            common["connection_class"] = SSLConnection
+        pool = BlockingConnectionPool(
+            max_connections=CONNECTIONS,
+            timeout=SOCKET_TIMEOUT_SECS,
+            host=host,
+            port=port,
+            db=self.db,
+            **common,
+        )
+        return Redis.from_pool(pool)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Credentials:
+    username: str | None = None
+    password: str | None = None
+
+    @classmethod
+    def of(cls, netloc: str) -> _Credentials:
+        before, at, _ = netloc.rpartition("@")
+        if not at:
+            return cls()
+        user, _, password = before.partition(":")
+        return cls(unquote(user) or None, unquote(password) or None)
+
+
+def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
+    listed = parts.netloc.rpartition("@")[2].split(",")
+    several = parts.scheme in {_CLUSTER, _SENTINEL}
+    if len(listed) > 1 and not several:
+        raise ValueError("write one host; several are for redis+cluster or redis+sentinel")
+    return tuple(_host(each, _PORTS.get(parts.scheme, 6379)) for each in listed)
+
+
+def _host(text: str, default_port: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError("a port is a number from 1 to 65535") from None
+    if not parts.hostname:
+        raise ValueError("write the host of the engine, as in redis://localhost:6379")
+    return parts.hostname, port or default_port
+
+
+def _path(parts: SplitResult) -> tuple[str, int]:
+    """The name of the service, for sentinels, and the number of the database."""
+    pieces = [piece for piece in parts.path.split("/") if piece]
+    service = ""
+    if parts.scheme == _SENTINEL:
+        if not pieces:
+            raise ValueError("write what the sentinels call the primary after the hosts")
+        service = unquote(pieces.pop(0))
+    if not pieces:
+        return service, 0
+    if parts.scheme == _CLUSTER or len(pieces) > 1 or not pieces[0].isdecimal():
+        raise ValueError("after the host comes only the number of a database, if any")
+    return service, int(pieces[0])
