@@ -17,6 +17,7 @@ The time is the engine's.
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from typing_extensions import override
@@ -82,6 +83,9 @@ class RedisStore(SessionStore):
 
     @override
     async def aclose(self) -> None:
+        # If the engine does not answer, the turn ends by itself.
+        with suppress(StoreUnavailable):
+            await self._engine.run(scripts.INDEX_LEAVE, (SWEEPER,), "", self._replica)
         await self._engine.aclose()
 
     @override
