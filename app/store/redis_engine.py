@@ -7,6 +7,7 @@ is cancelled or out of time leaves its pipeline alone, so that no reply can reac
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,13 +32,17 @@ from redis.exceptions import (
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.store.health import Health
 from app.store.redis_scripts import Script
-from app.store.redis_url import CONNECTIONS, Client, RedisUrl
+from app.store.redis_url import Client, RedisUrl
 
 DEADLINE_SECS = 0.25
 """How long a request waits for an answer."""
 
 MOST_AT_ONCE = 256
 """Scripts in one pipeline."""
+
+PIPELINES = 2
+"""Pipelines under way to one engine. By measurement more of them, with less in each, are
+slower: a pipeline costs the client as much as ten scripts in it."""
 
 _MIN_REDIS, _MIN_VALKEY = 7, 8
 
@@ -78,15 +83,25 @@ class Step(NamedTuple):
 Waiting = tuple[Step, asyncio.Future[Any]]
 
 
+class _Lane:
+    """What is on its way to one engine. In a cluster each has its own, so that one that hangs
+    holds nobody up who does not need it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Waiting] = []
+        self.under_way = 0
+
+
 class Engine:
     """A Redis or Valkey: one, behind sentinels, or a cluster."""
 
     def __init__(self, url: RedisUrl) -> None:
         self._url = url
         self._health = Health()
-        self._waiting: list[Waiting] = []
+        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
         self._turn: list[asyncio.Future[Any]] = []
         self._sending: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect, and see whether the engine can be trusted. Raises `StoreUnusable`."""
@@ -118,8 +133,8 @@ class Engine:
 
     async def aclose(self) -> None:
         """Wait for what is under way, and disconnect."""
-        while self._sending:
-            await asyncio.wait(self._sending)
+        while under_way := self._sending | ({self._looking} if self._looking else set()):
+            await asyncio.wait(under_way)
         await self._client.aclose()
 
     async def run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
@@ -141,8 +156,14 @@ class Engine:
             self._loop.call_later(DEADLINE_SECS, self._give_up, self._turn)
         future: asyncio.Future[Any] = self._loop.create_future()
         self._turn.append(future)
-        self._waiting.append((step, future))
+        self._lane(step).waiting.append((step, future))
         return future
+
+    def _lane(self, step: Step) -> _Lane:
+        if not isinstance(self._client, RedisCluster):
+            return self._lanes[""]
+        node = self._client.get_node_from_key(step.keys[0])
+        return self._lanes[node.name if node else ""]
 
     def _give_up(self, turn: list[asyncio.Future[Any]]) -> None:
         late = [future for future in turn if not future.done()]
@@ -153,29 +174,30 @@ class Engine:
 
     def _end_turn(self) -> None:
         self._turn = []
-        self._send_waiting()
+        for lane in self._lanes.values():
+            self._send_waiting(lane)
 
-    def _send_waiting(self) -> None:
-        while self._waiting and len(self._sending) < CONNECTIONS:
+    def _send_waiting(self, lane: _Lane) -> None:
+        while lane.waiting and lane.under_way < PIPELINES:
             # What is no longer waited for has had no effect, and shall have none.
-            batch = [each for each in self._waiting[:MOST_AT_ONCE] if not each[1].done()]
-            del self._waiting[:MOST_AT_ONCE]
+            batch = [each for each in lane.waiting[:MOST_AT_ONCE] if not each[1].done()]
+            del lane.waiting[:MOST_AT_ONCE]
             if batch:
-                task = self._loop.create_task(self._send(batch))
+                lane.under_way += 1
+                task = self._loop.create_task(self._send(lane, batch))
                 self._sending.add(task)
-                task.add_done_callback(self._sent)
+                task.add_done_callback(self._sending.discard)
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._sending.discard(task)
-        self._send_waiting()
-
-    async def _send(self, batch: list[Waiting]) -> None:
+    async def _send(self, lane: _Lane, batch: list[Waiting]) -> None:
         try:
             unknown = await self._pipeline(batch, by_name=True)
             if unknown:
                 await self._pipeline(unknown, by_name=False)
         except (RedisError, OSError) as error:
-            self._failed([future for _, future in batch], error)
+            self._failed(batch, error)
+        finally:
+            lane.under_way -= 1
+            self._send_waiting(lane)
 
     async def _pipeline(self, batch: list[Waiting], *, by_name: bool) -> list[Waiting]:
         """Run the scripts; those that the engine does not know."""
@@ -189,18 +211,31 @@ class Engine:
             if isinstance(result, NoScriptError):
                 unknown.append(waiting)
             elif isinstance(result, Exception):
-                self._failed([future], result)
+                self._failed([waiting], result)
             else:
                 self._health.succeeded()
                 if not future.done():
                     future.set_result(result)
         return unknown
 
-    def _failed(self, futures: list[asyncio.Future[Any]], error: Exception) -> None:
+    def _failed(self, batch: list[Waiting], error: Exception) -> None:
         self._health.failed(reason(error))
-        for future in futures:
+        for _, future in batch:
             if not future.done():
                 future.set_exception(StoreUnavailable())
+        lost = isinstance(error, CannotConnect | TooSlow | ClusterDownError)
+        if lost and isinstance(self._client, RedisCluster) and self._looking is None:
+            self._looking = self._loop.create_task(self._look_around(batch[0][0].keys[0]))
+
+    async def _look_around(self, key: str) -> None:
+        """Have the client find out which nodes the cluster has now. Its pipelines do not,
+        but any other command does after it has failed."""
+        try:
+            await self._client.exists(key)
+        except (RedisError, OSError) as error:
+            self._health.failed(reason(error))
+        finally:
+            self._looking = None
 
 
 def _check_version(engine: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from redis.backoff import NoBackoff
 
 Client = Redis | RedisCluster
 
-CONNECTIONS = 16
+CONNECTIONS = 8
 """Most connections to one engine."""
 
 SOCKET_TIMEOUT_SECS = 1.0

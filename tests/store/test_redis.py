@@ -1,0 +1,576 @@
+"""What only the store in Redis or Valkey has: an engine that fails, a network that loses, and
+replicas that die between two slots."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain.admission import Admitted, DenialCode, Denied
+from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.session import Session, SessionStatus
+from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.redis import LEASE_SECS, RedisStore
+from app.store.redis_url import RedisUrl
+from tests.conftest import redis_store
+from tests.engines import Server, single
+from tests.faults import FaultProxy, proxied
+from tests.support import AGENT, ManualClock, a_batch, a_call, a_grant, new_id, opened
+
+pytestmark = pytest.mark.anyio
+
+KEY = IdempotencyKey("proxy", "key-1")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server of this test's own, to be done harm to."""
+    made = Server()
+    yield made
+    made.resume()
+    made.stop()
+
+
+async def connected(url: str, **limits: Any) -> RedisStore:
+    store = RedisStore(RedisUrl.parse(url), StoreLimits(**limits))
+    await store.open()
+    return store
+
+
+@pytest.fixture
+async def store(server: Server) -> AsyncIterator[RedisStore]:
+    made = await connected(server.url)
+    yield made
+    await made.aclose()
+
+
+async def recovered(store: RedisStore) -> None:
+    """Ask until the store answers again, as a load balancer asks /readyz."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await store.ping()
+            except StoreUnavailable:
+                await asyncio.sleep(0)
+
+
+class TestUrl:
+    @pytest.mark.parametrize(
+        ("url", "hosts", "rest"),
+        [
+            ("redis://localhost", (("localhost", 6379),), {"db": 0, "tls": False}),
+            ("redis://h:1/2", (("h", 1),), {"db": 2}),
+            ("rediss://h", (("h", 6379),), {"tls": True}),
+            ("redis://[::1]:7", (("::1", 7),), {}),
+            ("redis+cluster://a:1,b:2", (("a", 1), ("b", 2)), {}),
+            ("redis+cluster://a?tls=true", (("a", 6379),), {"tls": True}),
+            (
+                "redis+sentinel://a,b:5/main/3",
+                (("a", 26379), ("b", 5)),
+                {"service": "main", "db": 3},
+            ),
+            ("redis://h?allow_eviction=true", (("h", 6379),), {"allow_eviction": True}),
+        ],
+    )
+    def test_it_says_where(self, url: str, hosts: object, rest: dict[str, Any]) -> None:
+        parsed = RedisUrl.parse(url)
+
+        assert parsed.hosts == hosts
+        assert {name: getattr(parsed, name) for name in rest} == rest
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://",
+            "redis://h:0x1",
+            "redis://h:99999",
+            "redis://a,b",
+            "redis://h/x",
+            "redis://h/1/2",
+            "redis://h?retry=1",
+            "redis://h?tls=yes",
+            "redis+cluster://a/1",
+            "redis+sentinel://a",
+            "redis://h#f",
+        ],
+    )
+    def test_anything_else_is_refused(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r"."):
+            RedisUrl.parse(url)
+
+    def test_the_password_is_used_and_not_shown(self) -> None:
+        parsed = RedisUrl.parse("redis://user:p%40ss@h")
+
+        assert parsed.credentials.password == "p@ss"
+        assert "p@ss" not in f"{parsed!r} {parsed}"
+
+
+class TestStart:
+    async def test_an_engine_that_evicts_is_refused_unless_told_so(
+        self, server: Server
+    ) -> None:
+        server.client.config_set("maxmemory-policy", "allkeys-lru")
+
+        with pytest.raises(StoreUnusable, match="maxmemory-policy is allkeys-lru"):
+            await connected(server.url)
+
+        await (await connected(f"{server.url}?allow_eviction=true")).aclose()
+
+    async def test_a_wrong_password_is_one_sentence_without_it(self, server: Server) -> None:
+        server.client.config_set("requirepass", "right")
+        url = f"redis://:secret@127.0.0.1:{server.port}"
+
+        with pytest.raises(StoreUnusable, match="refused the user or the password") as raised:
+            await connected(url)
+
+        assert "secret" not in str(raised.value)
+
+    async def test_no_engine_is_one_sentence(self, server: Server) -> None:
+        server.kill()
+
+        with pytest.raises(StoreUnusable, match=f"{server.port}: there is no connection"):
+            await connected(server.url)
+
+
+class TestKeys:
+    async def test_everything_ends_by_itself(self, server: Server) -> None:
+        store = await connected(server.url, retention_secs=100)
+        closed = await opened(store, a_grant(time_limit_secs=1000))
+        session = await store.create(new_id(), a_grant(time_limit_secs=50), KEY)
+        assert isinstance(session, Admitted)
+        await store.record(session.session.session_id, a_call(), KEY)
+        await store.close(closed.session_id)
+        await store.ping()
+        await store.cleanup_expired(10)
+        await store.aclose()
+
+        lives = {key.decode(): server.client.ttl(key) for key in server.client.scan_iter()}
+
+        assert all(life > 0 for life in lives.values()), lives
+        for session_id, life in ((closed.session_id, 100), (session.session.session_id, 150)):
+            own = [each for key, each in lives.items() if f"}}:{session_id}" in key]
+            assert len(own) >= 2
+            assert all(life - 5 <= each <= life for each in own)
+
+    async def test_a_session_is_in_the_slot_of_its_first_16_digits(
+        self, server: Server
+    ) -> None:
+        store = await connected(server.url)
+        session = await opened(store)
+        await store.record(session.session_id, a_call(), KEY)
+        await store.aclose()
+        tag = session.session_id.replace("-", "")[:16]
+
+        keys = server.client.keys(f"*:{session.session_id}*")
+
+        assert len(keys) == 3
+        assert all(f"{{{tag}}}".encode() in key for key in keys)
+
+
+class TestFailures:
+    async def unavailable(self, store: RedisStore, session_id: str) -> None:
+        for attempt in (
+            store.record(session_id, a_call()),
+            store.create(new_id(), a_grant()),
+            store.close(session_id),
+            store.ping(),
+        ):
+            with pytest.raises(StoreUnavailable):
+                async with asyncio.timeout(5):
+                    await attempt
+
+    async def test_a_killed_engine(self, server: Server, store: RedisStore) -> None:
+        session = await opened(store)
+        server.kill()
+        await self.unavailable(store, session.session_id)
+
+        server.start()
+        await recovered(store)
+
+        # It has forgotten everything, its scripts too.
+        again = await opened(store)
+        assert isinstance(await store.record(again.session_id, a_call()), Admitted)
+
+    async def test_an_engine_that_hangs(self, server: Server, store: RedisStore) -> None:
+        session = await opened(store)
+        server.pause()
+        await self.unavailable(store, session.session_id)
+
+        server.resume()
+        await recovered(store)
+
+        assert isinstance(await store.record(session.session_id, a_call()), Admitted)
+
+    async def test_an_engine_out_of_memory(self, server: Server, store: RedisStore) -> None:
+        session = await opened(store)
+        server.client.config_set("maxmemory", 1)
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call())
+        await self.unavailable(store, session.session_id)
+
+        server.client.config_set("maxmemory", 0)
+        await recovered(store)
+
+        decision = await store.record(session.session_id, a_call())
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 1
+
+    async def test_a_read_only_replica(self, server: Server, store: RedisStore) -> None:
+        session = await opened(store)
+        server.client.replicaof("127.0.0.1", 1)
+        await self.unavailable(store, session.session_id)
+
+        server.client.replicaof("NO", "ONE")
+        await recovered(store)
+
+        assert isinstance(await store.record(session.session_id, a_call()), Admitted)
+
+    async def test_a_password_that_was_changed(self, server: Server, store: RedisStore) -> None:
+        session = await opened(store)
+        server.client.config_set("requirepass", "new")
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        await self.unavailable(store, session.session_id)
+
+        server.client.config_set("requirepass", "")
+        await recovered(store)
+
+        assert isinstance(await store.record(session.session_id, a_call()), Admitted)
+
+    async def test_scripts_that_were_forgotten_are_sent_again(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        session = await opened(store)
+        await store.record(session.session_id, a_call())
+        server.client.script_flush()
+
+        decisions = await asyncio.gather(
+            *(store.record(session.session_id, a_call()) for _ in range(20))
+        )
+
+        assert sorted(each.session.calls_made for each in decisions if each.session) == list(
+            range(2, 22)
+        )
+
+
+class TestNetwork:
+    @pytest.fixture
+    async def proxy(self, server: Server) -> AsyncIterator[FaultProxy]:
+        async with proxied(server.port) as made:
+            yield made
+
+    @pytest.fixture
+    async def store(self, proxy: FaultProxy) -> AsyncIterator[RedisStore]:
+        made = await connected(f"redis://127.0.0.1:{proxy.port}")
+        yield made
+        await made.aclose()
+
+    async def in_use(self, store: RedisStore) -> Session:
+        """A session with one call, after which the engine knows the script."""
+        session = await opened(store)
+        await store.record(session.session_id, a_call())
+        return session
+
+    async def test_an_admission_whose_reply_is_lost_is_not_tried_twice(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        session = await self.in_use(store)
+        proxy.drop_replies = True
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call())
+        proxy.drop_replies = False
+        await proxy.reset()
+        await recovered(store)
+
+        after = await store.get(session.session_id)
+
+        assert after is not None
+        assert after.calls_made == 2
+
+    async def test_a_retry_by_key_after_a_lost_reply_is_charged_once(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        session = await self.in_use(store)
+        proxy.drop_replies = True
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call(), KEY)
+        proxy.drop_replies = False
+        await proxy.reset()
+        await recovered(store)
+
+        again = await store.record(session.session_id, a_call(), KEY)
+
+        assert isinstance(again, Admitted)
+        assert again.replayed
+        assert again.session.calls_made == 2
+
+    async def test_a_slow_reply_is_not_waited_for(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        session = await self.in_use(store)
+        proxy.delay_secs = 0.4
+
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call())
+
+        proxy.delay_secs = 0
+        await recovered(store)
+        # The late reply has reached nobody else.
+        decision = await store.record(session.session_id, a_call())
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 3
+
+    async def test_a_reset_connection_is_replaced(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        session = await opened(store)
+        for _ in range(3):
+            await proxy.reset()
+            await recovered(store)
+            assert isinstance(await store.record(session.session_id, a_call()), Admitted)
+
+    async def test_cancelled_requests_never_mix_up_replies(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        chance = random.Random(7)
+        sessions = [await opened(store, a_grant(call_budget=10_000)) for _ in range(20)]
+        proxy.delay_secs = 0.001
+        asked = [chance.choice(sessions) for _ in range(1000)]
+        answered = 0
+
+        async def call(session_id: str) -> None:
+            nonlocal answered
+            decision = await store.record(session_id, a_call())
+            assert isinstance(decision, Admitted)
+            assert decision.session.session_id == session_id
+            answered += 1
+
+        for first in range(0, len(asked), 50):
+            some = asked[first : first + 50]
+            tasks = [asyncio.create_task(call(each.session_id)) for each in some]
+            for _ in range(chance.randrange(20)):
+                await asyncio.sleep(0)
+            for task in tasks:
+                if chance.random() < 0.5:
+                    task.cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                assert outcome is None or isinstance(outcome, asyncio.CancelledError)
+
+        proxy.delay_secs = 0
+        made = [await store.get(session.session_id) for session in sessions]
+        assert answered <= sum(each.calls_made for each in made if each) <= len(asked)
+
+
+class Died(BaseException):
+    """The replica is gone."""
+
+
+class TestReplicasThatDie:
+    """A creation or a closing touches three slots. Wherever its replica dies, the kill switch
+    reaches every session, and no cap stays used up."""
+
+    @pytest.fixture
+    async def replicas(
+        self, clock: ManualClock, tmp_path: Path
+    ) -> AsyncIterator[tuple[RedisStore, RedisStore]]:
+        limits = StoreLimits(max_active_sessions_per_agent=1, retention_secs=20)
+        first, second = (redis_store(limits, clock, tmp_path) for _ in range(2))
+        assert isinstance(first, RedisStore)
+        assert isinstance(second, RedisStore)
+        await first.open()
+        await second.open()
+        yield first, second
+        await first.aclose()
+        await second.aclose()
+
+    def die_at(self, store: RedisStore, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the replica die before it sends its script number `step`."""
+        sent, submit = 0, store._engine._submit
+
+        def submit_or_die(each: Any) -> Any:
+            nonlocal sent
+            sent += 1
+            if sent > step:
+                raise Died
+            return submit(each)
+
+        monkeypatch.setattr(store._engine, "_submit", submit_or_die)
+
+    @pytest.mark.parametrize("step", range(5))
+    @pytest.mark.parametrize("key", [None, KEY])
+    async def test_during_a_creation(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+        step: int,
+        key: IdempotencyKey | None,
+    ) -> None:
+        dying, living = replicas
+        session_id = new_id()
+        self.die_at(dying, step, monkeypatch)
+        with pytest.raises(Died):
+            await dying.create(session_id, a_grant(), key)
+        monkeypatch.undo()
+
+        exists = await living.get(session_id) is not None
+        assert await living.close_sessions_for_agent(AGENT) == exists
+        after = await living.get(session_id)
+        assert after is None or after.status is SessionStatus.CLOSED
+        clock.advance(LEASE_SECS)
+        assert await living.count_active_for_agent(AGENT) == 0
+        assert await living.count_active() == 0
+        assert isinstance(await living.create(new_id(), a_grant()), Admitted)
+        clock.advance(3600 + 20)
+        while (await living.cleanup_expired(10)).more:
+            pass
+        assert single().client.keys("*open") == []
+        assert single().client.keys("*:sessions") == []
+
+    @pytest.mark.parametrize("step", range(5))
+    async def test_during_a_creation_that_somebody_repeats(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        monkeypatch: pytest.MonkeyPatch,
+        step: int,
+    ) -> None:
+        dying, living = replicas
+        self.die_at(dying, step, monkeypatch)
+        with pytest.raises(Died):
+            await dying.create(new_id(), a_grant(), KEY)
+        monkeypatch.undo()
+
+        first = await living.create(new_id(), a_grant(), KEY)
+        again = await living.create(new_id(), a_grant(), KEY)
+
+        assert isinstance(first, Admitted)
+        assert again == Admitted(first.session, replayed=True)
+        assert len((await living.list_all(SessionFilter(), limit=9)).sessions) == 1
+        assert await living.count_active_for_agent(AGENT) == 1
+
+    @pytest.mark.parametrize("step", range(5))
+    async def test_a_session_that_was_written_is_found_again(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+        step: int,
+    ) -> None:
+        dying, living = replicas
+        session_id = new_id()
+        self.die_at(dying, step, monkeypatch)
+        with pytest.raises(Died):
+            await dying.create(session_id, a_grant())
+        monkeypatch.undo()
+        exists = await living.get(session_id) is not None
+
+        clock.advance(LEASE_SECS + 20)
+        while (await living.cleanup_expired(10)).more:
+            pass
+
+        assert await living.count_active() == exists
+        assert await living.count_active_for_agent(AGENT) == exists
+        page = await living.list_all(SessionFilter(AGENT, SessionStatus.ACTIVE), limit=9)
+        assert [each.session_id for each in page.sessions] == [session_id] * exists
+
+    @pytest.mark.parametrize("step", range(5))
+    @pytest.mark.parametrize("how", ["close", "kill switch"])
+    async def test_during_a_closing(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+        step: int,
+        how: str,
+    ) -> None:
+        dying, living = replicas
+        session = await opened(living)
+        steps = {"close": 5, "kill switch": 4}[how]
+        self.die_at(dying, min(step, steps - 1), monkeypatch)
+        closing = (
+            dying.close(session.session_id)
+            if how == "close"
+            else dying.close_sessions_for_agent(AGENT)
+        )
+        with pytest.raises(Died):
+            await closing
+        monkeypatch.undo()
+
+        await living.close_sessions_for_agent(AGENT)
+        after = await living.get(session.session_id)
+        assert after is not None
+        assert after.status is SessionStatus.CLOSED
+        clock.advance(LEASE_SECS)
+        assert isinstance(await living.create(new_id(), a_grant()), Admitted)
+
+    async def test_a_replica_that_slept_does_not_write_a_session_nobody_knows(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        sleeping, living = replicas
+        claim, session_id = sleeping._claim_for_agent, new_id()
+
+        async def sleep(*arguments: Any) -> Denied | None:
+            denied = await claim(*arguments)
+            clock.advance(LEASE_SECS)
+            return denied
+
+        monkeypatch.setattr(sleeping, "_claim_for_agent", sleep)
+
+        with pytest.raises(StoreUnavailable):
+            await sleeping.create(session_id, a_grant())
+
+        assert await living.get(session_id) is None
+
+
+class TestReplicas:
+    async def test_two_replicas_share_one_budget(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        other = await connected(server.url)
+        session = await opened(store, a_grant(call_budget=50))
+
+        decisions = await asyncio.gather(
+            *(
+                (store, other)[number % 2].record(session.session_id, a_batch("read_file"))
+                for number in range(500)
+            )
+        )
+        await other.aclose()
+
+        admitted = [each.session for each in decisions if isinstance(each, Admitted)]
+        assert sorted(each.calls_made for each in admitted) == list(range(1, 51))
+
+    async def test_one_replica_sweeps_at_a_time(
+        self, server: Server, clock: ManualClock
+    ) -> None:
+        store = await connected(server.url, retention_secs=0)
+        other = await connected(server.url, retention_secs=0)
+        for _ in range(3):
+            await opened(store, a_grant(time_limit_secs=0))
+
+        assert (await store.cleanup_expired(1)).expired == 1
+        assert (await other.cleanup_expired(1)).expired == 0
+        await store.aclose()
+        assert (await other.cleanup_expired(10)).expired == 2
+        await other.aclose()
+
+    async def test_a_clock_that_goes_back_after_a_failover_revives_nothing(
+        self, clock: ManualClock, tmp_path: Path
+    ) -> None:
+        store = redis_store(StoreLimits(), clock, tmp_path)
+        await store.open()
+        session = await opened(store, a_grant(time_limit_secs=60))
+        clock.advance(60)
+        for _ in range(2):
+            refused = await store.record(session.session_id, a_call())
+            assert isinstance(refused, Denied)
+            assert refused.code is DenialCode.SESSION_EXPIRED
+            clock.advance(-30)
+        await store.aclose()
