@@ -44,6 +44,9 @@ PIPELINES = 2
 """Pipelines under way to one engine. By measurement more of them, with less in each, are
 slower: a pipeline costs the client as much as ten scripts in it."""
 
+LOOK_AGAIN_SECS = 0.1
+"""How often at most a cluster is asked for its nodes while some of them do not answer."""
+
 _MIN_REDIS, _MIN_VALKEY = 7, 8
 
 _REASONS: list[tuple[type[Exception], str]] = [
@@ -225,13 +228,13 @@ class Engine:
                 future.set_exception(StoreUnavailable())
         lost = isinstance(error, CannotConnect | TooSlow | ClusterDownError)
         if lost and isinstance(self._client, RedisCluster) and self._looking is None:
-            self._looking = self._loop.create_task(self._look_around(batch[0][0].keys[0]))
+            self._looking = self._loop.create_task(self._look_around(self._client))
 
-    async def _look_around(self, key: str) -> None:
-        """Have the client find out which nodes the cluster has now. Its pipelines do not,
-        but any other command does after it has failed."""
+    async def _look_around(self, cluster: RedisCluster) -> None:
+        """Find out which nodes the cluster has now; pipelines of the client do not."""
         try:
-            await self._client.exists(key)
+            await cluster.nodes_manager.initialize()
+            await asyncio.sleep(LOOK_AGAIN_SECS)
         except (RedisError, OSError) as error:
             self._health.failed(reason(error))
         finally:
