@@ -50,7 +50,10 @@ class GroupCommit:
             group = [entry for entry in self._waiting if not entry[1].done()]
             self._waiting = []
             jobs = [job for job, _ in group]
-            outcomes = await loop.run_in_executor(self._thread, self._commit, jobs)
+            try:
+                outcomes = await loop.run_in_executor(self._thread, self._commit, jobs)
+            except Exception as error:  # noqa: BLE001 - raised to every caller
+                outcomes = [error] * len(group)
             for (_, future), outcome in zip(group, outcomes, strict=True):
                 if future.done():
                     continue

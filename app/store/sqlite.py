@@ -9,11 +9,13 @@ has charged nothing. Decisions are those of `decide`, as in memory.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
@@ -31,8 +33,13 @@ from app.store.base import (
 from app.store.clock import Clock, anchored_clock
 from app.store.group_commit import GroupCommit, Job
 from app.store.health import Health
-from app.store.sqlite_file import DatabaseFile, Location, explained, reason
+from app.store.sqlite_file import DAMAGED, DatabaseFile, Location, explained, reason
 from app.store.sqlite_ledger import Ledger
+
+FAR_AHEAD_SECS = 5
+"""More than a crash or two explain; somebody has set the wall clock."""
+
+_log = logging.getLogger("arbiter.store")
 
 
 class SqliteStore(SessionStore):
@@ -61,6 +68,12 @@ class SqliteStore(SessionStore):
         try:
             with explained(self._location.path):
                 self._ledger = Ledger(self._file.db, self._limits, self._clock)
+                if self._ledger.ahead_secs > FAR_AHEAD_SECS:
+                    _log.warning(
+                        "the wall clock is %d seconds behind the store's, which goes on from "
+                        "where it was: sessions end so much earlier by the wall clock",
+                        self._ledger.ahead_secs,
+                    )
         except BaseException:
             self._file.close()
             raise
@@ -82,15 +95,26 @@ class SqliteStore(SessionStore):
             with self._ledger.transaction():
                 for job in jobs:
                     # One by one: how many there are tells which job met a defect.
-                    outcomes.append(_outcome(job))  # noqa: PERF401
+                    outcomes.append(self._outcome(job))  # noqa: PERF401
         except (sqlite3.Error, OSError) as error:
             self._health.failed(reason(error))
             return [StoreUnavailable() for _ in jobs]
         except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
             met_in = len(outcomes)
             return [defect if n == met_in else StoreUnavailable() for n in range(len(jobs))]
-        self._health.succeeded()
+        if not any(isinstance(outcome, StoreUnavailable) for outcome in outcomes):
+            self._health.succeeded()
         return outcomes
+
+    def _outcome(self, job: Job) -> Any:
+        # All of these are raised before anything was written; the rest of the group goes on.
+        try:
+            return job()
+        except (Overloaded, InvalidCursor) as refusal:
+            return refusal
+        except msgspec.MsgspecError:
+            self._health.failed(DAMAGED)
+            return StoreUnavailable()
 
     @override
     async def ping(self) -> None:
@@ -149,11 +173,3 @@ class SqliteStore(SessionStore):
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
         return await self._commits.submit(lambda: self._ledger.cleanup_expired(limit))
-
-
-def _outcome(job: Job) -> Any:
-    try:
-        return job()
-    except (Overloaded, InvalidCursor) as refusal:
-        # Raised before anything was written; the rest of the group goes on.
-        return refusal

@@ -6,13 +6,13 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from app.domain.errors import StoreUnusable
-from app.store.sqlite_schema import migrate
+from app.store.sqlite_schema import check_version, migrate
 
 Synchronous = Literal["full", "normal"]
 
@@ -22,6 +22,8 @@ BUSY_SECS = 1.0
 CHECKPOINT_PAGES = 4000
 """Pages of 4 KiB in the log before they are moved into the file."""
 
+DAMAGED = "the file is damaged; restore a backup"
+
 OWNER_ONLY = 0o600
 """Session ids are capabilities."""
 
@@ -30,7 +32,7 @@ _REASONS = {
     "SQLITE_READONLY": "the file or its folder is read-only",
     "SQLITE_BUSY": "another program has locked the file",
     "SQLITE_LOCKED": "another program has locked the file",
-    "SQLITE_CORRUPT": "the file is damaged; restore a backup",
+    "SQLITE_CORRUPT": DAMAGED,
     "SQLITE_NOTADB": "the file is not a SQLite database",
     "SQLITE_CANTOPEN": "the file cannot be opened; is its folder there, and writable?",
     "SQLITE_IOERR": "the disk reported an error",
@@ -63,15 +65,28 @@ class Location(NamedTuple):
     def of_url(cls, url: str) -> Location:
         """`sqlite:///absolute/path`, with `?synchronous=full` or `normal`. A fourth slash
         says the same. Raises `ValueError` for anything else."""
+        path = _path(url)
         parts = urlsplit(url)
-        path = unquote(parts.path)
-        if parts.netloc or path.strip("/") == "" or path.endswith("/") or "\0" in path:
-            raise ValueError("write sqlite:///folder/file.db; the path is always absolute")
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        synchronous = options.pop("synchronous", "full")
-        if options or parts.fragment or synchronous not in get_args(Synchronous):
+        options = parse_qsl(parts.query, keep_blank_values=True) or [("synchronous", "full")]
+        (name, synchronous), *more = options
+        known = name == "synchronous" and synchronous in get_args(Synchronous)
+        if more or parts.fragment or not known:
             raise ValueError("the only option is ?synchronous=full (the default) or normal")
         return cls(Path("/" + path.lstrip("/")), cast("Synchronous", synchronous))
+
+
+def _path(url: str) -> str:
+    wrong = "write sqlite:///folder/file.db; the path is always absolute"
+    # What urlsplit would drop in silence, or take for something else.
+    if not url.startswith("sqlite:///") or not url.isprintable():
+        raise ValueError(wrong)
+    try:
+        path = unquote(urlsplit(url).path, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(wrong) from None
+    if path.strip("/") == "" or path.endswith("/") or not path.isprintable():
+        raise ValueError(wrong)
+    return path
 
 
 @contextmanager
@@ -90,65 +105,90 @@ class DatabaseFile:
 
     def __init__(self, location: Location) -> None:
         """Opens the file; makes it if there is none. Raises `StoreUnusable`."""
-        with explained(location.path):
-            # The same lock, whichever link leads to the file.
-            self._path = location.path.resolve()
-            self._lock = _own(self._path)
-            try:
-                self.db = _connect(self._path, location.synchronous)
-            except BaseException:
-                os.close(self._lock)
-                raise
-            status = self._path.stat()
-            self._identity = (status.st_dev, status.st_ino)
+        with explained(location.path), ExitStack() as opened:
+            path = _resolved(location.path)
+            lock = _own(path)
+            opened.callback(os.close, lock)
+            if path.exists():
+                _identity(str(path))
+            # Only the owner may do this: closing a file drops SQLite's locks on it (fcntl(2)).
+            # SQLite gives the files beside it the same permissions.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
+            self.db = _connect(path, location.synchronous)
+            opened.callback(self.db.close)
+            self._files = {name: _identity(name) for name in _in_use(path)}
+            self._opened = opened.pop_all()
 
     def check_in_place(self) -> None:
-        """Raise `OSError` if the file is no longer where it was opened: what is written to
-        it would be lost."""
-        status = self._path.stat()
-        if (status.st_dev, status.st_ino) != self._identity:
-            raise OSError(0, "another file has taken its place")
+        """Raise `OSError` if a file is no longer where it was opened: what is written to it
+        would be lost, or written by another owner as well."""
+        for name, identity in self._files.items():
+            if _identity(name) != identity:
+                raise OSError(0, "another file has taken its place")
 
     def close(self) -> None:
         """Close the file and give it free."""
-        self.db.close()
-        os.close(self._lock)
+        self._opened.close()
+
+
+def _resolved(path: Path) -> Path:
+    """The same path whichever link leads to the file, since its owner is known by it."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:
+        raise StoreUnusable("it is a link that leads to itself") from error
+
+
+def _in_use(path: Path) -> list[str]:
+    return [str(path), f"{path}-wal", f"{path}-owner"]
+
+
+def _identity(name: str) -> tuple[int, int]:
+    status = os.stat(name)  # noqa: PTH116 - for every commit; a Path costs more
+    if status.st_nlink > 1:
+        raise OSError(0, "it has a second name (a hard link), under which it is another store")
+    return status.st_dev, status.st_ino
 
 
 def _own(path: Path) -> int:
     """Take the lock that says who owns the file; it goes with the process. Not a lock on
     the file itself: SQLite's own would be lost when it is closed (fcntl(2))."""
-    lock = os.open(f"{path}-owner", os.O_RDWR | os.O_CREAT, OWNER_ONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
-        os.close(lock)
-        raise StoreUnusable(
-            f"another process (id {owner}) owns it; run one process for each file"
-        ) from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-    return lock
+    with ExitStack() as opened:
+        lock = os.open(f"{path}-owner", os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+        opened.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+            raise StoreUnusable(
+                f"another process (id {owner}) owns it; run one process for each file"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        opened.pop_all()
+        return lock
 
 
 def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
-    # SQLite gives the files beside it the same permissions.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
-    db = sqlite3.connect(path, timeout=BUSY_SECS, isolation_level=None, check_same_thread=False)
-    try:
+    with ExitStack() as opened:
+        db = sqlite3.connect(
+            path, timeout=BUSY_SECS, isolation_level=None, check_same_thread=False
+        )
+        opened.callback(db.close)
+        # Before anything is written: the file may be none of ours, or damaged.
+        check_version(db)
+        check_undamaged(db)
         _keep_log(db)
         db.execute(f"PRAGMA synchronous = {synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        # The kill switch sorts what it closes; there may be no folder for temporary files.
+        db.execute("PRAGMA temp_store = MEMORY")
         # Elsewhere fsync is enough; on macOS it leaves the data in the drive's cache.
         db.execute("PRAGMA fullfsync = ON")
         db.execute("PRAGMA checkpoint_fullfsync = ON")
         migrate(db)
-        check_undamaged(db)
-    except BaseException:
-        db.close()
-        raise
-    return db
+        opened.pop_all()
+        return db
 
 
 def _keep_log(db: sqlite3.Connection) -> None:
@@ -161,4 +201,4 @@ def check_undamaged(db: sqlite3.Connection) -> None:
     """Raise `StoreUnusable` if the file is damaged."""
     found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
     if found != ["ok"]:
-        raise StoreUnusable("the file is damaged; restore a backup")
+        raise StoreUnusable(DAMAGED)

@@ -82,6 +82,11 @@ class Ledger:
                 self._db.execute("ROLLBACK")
             raise
 
+    @property
+    def ahead_secs(self) -> int:
+        """How far the time here is ahead of the clock."""
+        return self._ahead // MICROSECONDS
+
     def now(self) -> int:
         """The time. No instant is told before the file knows that it may come."""
         now = self._clock() + self._ahead

@@ -71,21 +71,26 @@ MIGRATIONS = (_TABLES,)
 """Scripts in order. The version of a file says how many of them it has been through."""
 
 
-def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Bring a file to the newest version, each step whole or not at all.
-
-    Raises `StoreUnusable` if it comes from a newer version of this program, or from
-    another program.
-    """
+def check_version(db: sqlite3.Connection, newest: int = len(MIGRATIONS)) -> int:
+    """The version of a file; 0 if there is nothing in it yet. Raises `StoreUnusable` if it
+    comes from a newer version of this program, or from another program."""
     (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if tables:
-        check_ours(db)
+    (application_id,) = db.execute("PRAGMA application_id").fetchone()
+    if tables and application_id != APPLICATION_ID:
+        raise StoreUnusable("it is the database of another program")
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(migrations):
+    if version > newest:
         raise StoreUnusable(
-            f"its schema has version {version} and this program knows up to "
-            f"{len(migrations)}: use the newer program that wrote it"
+            f"its schema has version {version} and this program knows up to {newest}: "
+            "use the newer program that wrote it"
         )
+    return int(version)
+
+
+def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
+    """Bring a file to the newest version, each step whole or not at all. Raises what
+    `check_version` does."""
+    version = check_version(db, len(migrations))
     for number, script in enumerate(migrations[version:], start=version + 1):
         try:
             db.executescript(
@@ -97,10 +102,3 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-
-
-def check_ours(db: sqlite3.Connection) -> None:
-    """Raise `StoreUnusable` if another program made the file."""
-    (application_id,) = db.execute("PRAGMA application_id").fetchone()
-    if application_id != APPLICATION_ID:
-        raise StoreUnusable("it is the database of another program")

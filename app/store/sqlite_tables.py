@@ -18,6 +18,7 @@ from app.domain.session import Grant, Session
 from app.store.base import IdempotencyKey
 from app.store.position import Position
 from app.store.serialisation import to_admission, to_grant, to_session, to_text
+from app.store.sqlite_file import DAMAGED
 
 GRANTS_KEPT = 16_384
 """Grants of the latest sessions that are kept decoded."""
@@ -69,8 +70,7 @@ class Tables:
     def _grant(self, session_id: str, row_id: int) -> Grant:
         known = self._grants.get(session_id)
         if known is None:
-            query = "SELECT terms FROM grants WHERE id = ?"
-            (terms,) = self._db.execute(query, (row_id,)).fetchone()
+            terms = self._one("SELECT terms FROM grants WHERE id = ?", row_id)
             known = self._grants[session_id] = to_grant(terms)
             if len(self._grants) > GRANTS_KEPT:
                 self._grants.popitem(last=False)
@@ -149,8 +149,13 @@ class Tables:
         )
 
     def _number(self, query: str, *arguments: Any) -> int:
-        (number,) = self._db.execute(query, arguments).fetchone()
-        return int(number)
+        return int(self._one(query, *arguments))
+
+    def _one(self, query: str, *arguments: Any) -> Any:
+        row = self._db.execute(query, arguments).fetchone()
+        if row is None:
+            raise sqlite3.DatabaseError(DAMAGED)
+        return row[0]
 
     def page(
         self,

@@ -117,3 +117,14 @@ async def test_draining_waits_for_everything(disk: SlowDisk) -> None:
     await draining
 
     assert [await job for job in jobs] == [0, 1, 2]
+
+
+async def test_a_commit_that_cannot_be_made_is_told_to_every_caller() -> None:
+    def broken(jobs: Sequence[Job]) -> list[Any]:
+        raise RuntimeError("no commit")
+
+    commits = GroupCommit(broken, "test")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no commit"):
+            await submit(commits, "job")
+    await commits.drain()

@@ -69,6 +69,11 @@ class TestUrl:
             "sqlite:///s.db?journal=off",
             "sqlite:///s.db#x",
             "sqlite:///a%00b",
+            "sqlite:///a%ff",
+            "sqlite:///a\tb",
+            "sqlite:sessions.db",
+            "sqlite:/sessions.db",
+            "sqlite:///s.db?synchronous=full&synchronous=normal",
         ],
     )
     def test_anything_else_is_refused(self, url: str) -> None:
@@ -103,6 +108,87 @@ class TestFile:
             await second.open()
 
         await opened(store)
+
+    async def test_a_second_name_for_the_file_is_refused(
+        self, store: SqliteStore, file: Path
+    ) -> None:
+        """Under it there would be another owner and another log."""
+        other = file.with_name("other.db")
+        other.hardlink_to(file)
+
+        with pytest.raises(StoreUnusable, match="hard link"):
+            await SqliteStore(Location(other, "normal"), StoreLimits()).open()
+
+        with pytest.raises(StoreUnavailable):
+            await store.ping()
+        other.unlink()
+        await store.ping()
+
+    @pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
+    async def test_a_file_that_is_taken_away_is_noticed(
+        self, store: SqliteStore, file: Path, suffix: str
+    ) -> None:
+        session = await opened(store)
+        taken = Path(f"{file}{suffix}")
+        away = taken.rename(file.with_name("away"))
+
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call())
+
+        away.rename(taken)
+        decision = await store.record(session.session_id, a_call())
+        assert isinstance(decision, Admitted)
+        assert decision.session.calls_made == 1
+
+    async def test_it_needs_no_folder_for_temporary_files(self, store: SqliteStore) -> None:
+        in_memory = 2
+        assert database(store).execute("PRAGMA temp_store").fetchone() == (in_memory,)
+
+    async def test_a_damaged_session_is_unavailable_and_others_are_not(
+        self, file: Path
+    ) -> None:
+        location = Location(file, "normal")
+        store = SqliteStore(location, StoreLimits())
+        await store.open()
+        damaged, sound = await opened(store), await opened(store)
+        database(store).execute("UPDATE grants SET terms = '{' WHERE id = 1")
+        await store.aclose()
+        store = SqliteStore(location, StoreLimits())
+        await store.open()
+
+        outcomes = await asyncio.gather(
+            store.record(damaged.session_id, a_call()),
+            store.record(sound.session_id, a_call()),
+            return_exceptions=True,
+        )
+        await store.aclose()
+
+        assert isinstance(outcomes[0], StoreUnavailable)
+        assert isinstance(outcomes[1], Admitted)
+
+    async def test_a_store_whose_clock_is_gone_is_one_sentence(self, file: Path) -> None:
+        store = SqliteStore(Location(file, "normal"), StoreLimits())
+        await store.open()
+        await store.aclose()
+        db = sqlite3.connect(file)
+        db.execute("DELETE FROM clock")
+        db.commit()
+        db.close()
+
+        for _ in range(2):
+            with pytest.raises(StoreUnusable, match="damaged"):
+                await SqliteStore(Location(file, "normal"), StoreLimits()).open()
+
+    async def test_a_wall_clock_far_behind_is_told(
+        self, file: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for _ in range(2):
+            store = SqliteStore(Location(file, "normal"), StoreLimits(), clock)
+            await store.open()
+            await store.aclose()
+            clock.advance(-3600)
+
+        assert "3600 seconds behind" in caplog.text
 
     async def test_a_closed_store_is_one_file_that_can_be_opened_again(
         self, file: Path
@@ -143,19 +229,23 @@ class TestSchema:
             f"PRAGMA user_version = {newer}",
             "CREATE TABLE sessions (x)",
         )
+        before = file.read_bytes()
 
         with pytest.raises(StoreUnusable, match=f"version {newer}.* up to {newer - 1}"):
             await SqliteStore(Location(file, "full"), StoreLimits()).open()
 
-        db = sqlite3.connect(file)
-        assert db.execute("PRAGMA user_version").fetchone() == (newer,)
-        db.close()
+        assert file.read_bytes() == before
 
-    async def test_the_database_of_another_program_is_refused(self, file: Path) -> None:
+    async def test_the_database_of_another_program_is_refused_and_left_alone(
+        self, file: Path
+    ) -> None:
         self.make(file, "CREATE TABLE users (name TEXT)")
+        before = file.read_bytes()
 
         with pytest.raises(StoreUnusable, match="another program"):
             await SqliteStore(Location(file, "full"), StoreLimits()).open()
+
+        assert file.read_bytes() == before
 
     def test_migrations_run_in_order_and_once(self) -> None:
         db = sqlite3.connect(":memory:", isolation_level=None)
@@ -205,7 +295,23 @@ class TestFailingCommits:
         assert decision.session.calls_made == 1
         assert await store.count_active() == 1
 
-    async def test_counts_are_right_after_a_failure(self, store: SqliteStore) -> None:
+    async def test_counts_are_right_after_a_group_that_failed_at_its_end(
+        self, store: SqliteStore
+    ) -> None:
+        def fail() -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        outcomes = await asyncio.gather(
+            store.create(new_id(), a_grant(), IdempotencyKey("a", "b")),
+            store._commits.submit(fail),
+            return_exceptions=True,
+        )
+
+        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
+        assert await store.count_active() == 0
+        assert store._ledger._tally == (0, 0, 0)
+
+    async def test_a_creation_that_failed_can_be_repeated(self, store: SqliteStore) -> None:
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()
         database(store).execute(f"PRAGMA max_page_count = {pages}")
         big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
@@ -341,6 +447,13 @@ class TestBackup:
             back_up(f"sqlite://{file}", copy)
 
         assert copy.read_text() == "precious"
+
+    @pytest.mark.parametrize("name", ["", ".", "/"])
+    async def test_a_target_without_a_name_is_refused(
+        self, store: SqliteStore, file: Path, name: str
+    ) -> None:
+        with pytest.raises(StoreUnusable):
+            back_up(f"sqlite://{file}", Path(name))
 
     @pytest.mark.parametrize("content", [None, b"", b"no database at all" * 100])
     def test_what_is_no_store_is_not_copied(self, file: Path, content: bytes | None) -> None:
