@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
 
 from app import __version__
 from app.api.auth import Scope, new_key
@@ -81,6 +85,8 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     # Port 0 asks the system for a free one, and the first line of the log says which.
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
+    if settings.workers > 1:
+        return _serve_by_workers(settings, listening)
     server = uvicorn.Server(server_config(create_app(settings)))
     # uvicorn stops in order and then raises the signal again: being told to stop is success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -91,10 +97,23 @@ def _serve(_: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def server_config(app: ASGIApp) -> uvicorn.Config:
-    """How uvicorn serves us."""
+def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
+    """Serve by several processes, each of which reads the settings from the environment."""
+    with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
+        os.environ["ARBITER_PORT"] = str(settings.port)
+        os.environ.setdefault("ARBITER_METRICS_DIR", folder)
+        supervisor = Multiprocess(
+            server_config("app.main:app", settings.workers), sockets=[listening]
+        )
+        supervisor.run()
+    return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
+
+
+def server_config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
+    """How uvicorn serves us: an application, or for several workers where it is."""
     return uvicorn.Config(
         app,
+        workers=workers,
         log_config=None,
         access_log=False,
         # Nothing here depends on the address of the client.

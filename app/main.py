@@ -26,6 +26,7 @@ from app.garbage import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.metrics import Metrics
+from app.observability.workers import SharedMetrics
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
@@ -51,6 +52,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     )
     store = store or open_store(settings.store_url, limits)
     metrics = Metrics()
+    shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
     events = Events(metrics, log_admissions=settings.log_level == "debug")
     authenticator = Authenticator(
         settings.api_keys, allow_unauthenticated=settings.allow_unauthenticated
@@ -70,19 +72,23 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 version=__version__,
             )
             with short_pauses():
-                sweeping = asyncio.create_task(sweeper.run(), name="sweeper")
+                tasks = [
+                    asyncio.create_task(sweeper.run(), name="sweeper"),
+                    asyncio.create_task(shared_metrics.run(), name="metrics"),
+                ]
                 try:
                     yield
                 finally:
-                    sweeping.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await sweeping
+                    for task in tasks:
+                        task.cancel()
+                        with suppress(asyncio.CancelledError):
+                            await task
         finally:
             await store.aclose()
             log.info("stopped")
 
     service = SessionService(store, events, settings.max_time_limit_secs)
-    return build_application(service, authenticator, metrics, lifespan)
+    return build_application(service, authenticator, shared_metrics, lifespan)
 
 
 async def _open(store: SessionStore) -> None:

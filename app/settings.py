@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from dotenv.parser import parse_stream
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.api.auth import ApiKey, is_loopback
@@ -55,6 +55,7 @@ class Settings(BaseSettings):
         default_factory=lambda: "console" if sys.stderr.isatty() else "json"
     )
     workers: Annotated[int, Field(ge=1, le=256)] = 1
+    metrics_dir: DirectoryPath | None = None
 
     @field_validator("api_keys", mode="before")
     @classmethod

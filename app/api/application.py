@@ -20,7 +20,7 @@ from app.api.problem_types import ProblemCode
 from app.api.problems import Refused, error_answer, refused_answer
 from app.api.routes import respond
 from app.domain.errors import ArbiterError
-from app.observability.metrics import Metrics
+from app.observability.workers import SharedMetrics
 from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -34,7 +34,7 @@ MAX_FIELD_ERRORS = 20
 def build_application(
     service: SessionService,
     authenticator: Authenticator,
-    metrics: Metrics,
+    metrics: SharedMetrics,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """The framework lane: the whole service, but for the fast lane in front of it."""
@@ -48,12 +48,13 @@ def build_application(
     )
     app.state.service = service
     app.state.authenticator = authenticator
-    app.state.metrics = metrics
+    app.state.metrics = metrics.own
+    app.state.shared_metrics = metrics
     for router in _ROUTERS:
         app.include_router(router)
     for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
-    app.add_middleware(Envelope, metrics=metrics)
+    app.add_middleware(Envelope, metrics=metrics.own)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

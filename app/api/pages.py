@@ -75,7 +75,7 @@ async def metrics(request: Request) -> Response:
         active = await state.service.count_active()
     except StoreUnavailable:
         active = None
-    text = state.metrics.render(active)
+    text = state.shared_metrics.render(active)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 

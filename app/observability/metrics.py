@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -40,6 +41,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, duration_secs)] += 1
         self.total += duration_secs
 
+    def add(self, counts: list[int], total: float) -> None:
+        """Count what another histogram with the same bounds has."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
+        self.total += total
+
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, how many were at most that), as Prometheus wants them."""
         pairs, seen = [], 0
@@ -47,6 +53,16 @@ class Histogram:
             seen += count
             pairs.append((bound, float(seen)))
         return pairs
+
+
+class Counts(msgspec.Struct):
+    """The counts of one process, as others can add them to theirs."""
+
+    decisions: list[tuple[str, str, int]]
+    created: int
+    ended: dict[str, int]
+    requests: list[tuple[str, str, int, list[int], float]]
+    sweeps: tuple[list[int], float]
 
 
 class Metrics:
@@ -66,6 +82,27 @@ class Metrics:
         if known is None:
             known = self.requests[key] = Histogram(REQUEST_BUCKETS_SECS)
         return known
+
+    def counts(self) -> Counts:
+        """What `add` takes."""
+        return Counts(
+            [(*labels, count) for labels, count in self.decisions.items()],
+            self.created,
+            self.ended,
+            [(*labels, each.counts, each.total) for labels, each in self.requests.items()],
+            (self.sweeps.counts, self.sweeps.total),
+        )
+
+    def add(self, counts: Counts) -> None:
+        """Count what another process has counted."""
+        for operation, outcome, count in counts.decisions:
+            self.decisions[operation, outcome] += count
+        self.created += counts.created
+        for reason, count in counts.ended.items():
+            self.ended[reason] += count
+        for method, route, status, buckets, total in counts.requests:
+            self.request(method, route, status).add(buckets, total)
+        self.sweeps.add(*counts.sweeps)
 
     def render(self, active_sessions: int | None) -> bytes:
         """The text of a scrape; `None` says that the store does not answer."""

@@ -18,6 +18,7 @@ from app.api.auth import Authenticator
 from app.api.problem_types import ProblemCode
 from app.observability.events import Events
 from app.observability.metrics import Metrics
+from app.observability.workers import SharedMetrics
 from app.service import SessionService
 from app.store.base import StoreLimits
 from app.store.memory import MemoryStore
@@ -42,9 +43,9 @@ OPERATIONS = {
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    metrics = Metrics()
+    metrics = SharedMetrics(Metrics(), None)
     service = SessionService(
-        MemoryStore(StoreLimits()), Events(metrics, log_admissions=False), 60
+        MemoryStore(StoreLimits()), Events(metrics.own, log_admissions=False), 60
     )
     app = build_application(service, Authenticator([], allow_unauthenticated=False), metrics)
     return app.openapi()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -44,6 +45,7 @@ def running(**variables: str) -> Iterator[Service]:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     service = Service(process)
     ready = threading.Event()
@@ -64,8 +66,9 @@ def running(**variables: str) -> Iterator[Service]:
         assert httpx.get(f"{service.url}/readyz", timeout=START_SECS).status_code == 200
         yield service
     finally:
-        if process.poll() is None:
-            process.kill()
+        # Its workers too, which would go on without it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
         reader.join(timeout=30)
         if process.stderr is not None:

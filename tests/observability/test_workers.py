@@ -1,0 +1,70 @@
+"""Workers whose metrics add up, without processes or waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from app.observability.metrics import Metrics
+from app.observability.workers import PUBLISH_EVERY_SECS, SharedMetrics
+
+
+def counted(calls: int) -> Metrics:
+    """A worker that has had so many calls."""
+    metrics = Metrics()
+    metrics.decisions["call", "admitted"] += calls
+    metrics.created += calls
+    metrics.ended["closed"] += calls
+    for _ in range(calls):
+        metrics.request("POST", "/sessions", 201).observe(0.002)
+        metrics.sweeps.observe(0.5)
+    return metrics
+
+
+def test_a_scrape_of_one_adds_up_all(tmp_path: Path) -> None:
+    workers = [SharedMetrics(counted(calls), tmp_path) for calls in (1, 2, 4)]
+    for worker in workers:
+        worker.publish()
+
+    texts = {worker.render(3) for worker in workers}
+
+    assert texts == {SharedMetrics(counted(7), None).render(3)}
+
+
+def test_what_changed_is_published_again_and_one_is_not_counted_twice(tmp_path: Path) -> None:
+    first, second = (SharedMetrics(counted(1), tmp_path) for _ in range(2))
+    for _ in range(3):
+        first.own.decisions["call", "admitted"] += 1
+        first.publish()
+        first.publish()
+
+    assert b'arbiter_decisions_total{operation="call",outcome="admitted"} 5.0' in (
+        second.render(0)
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_worker_that_is_gone_stays_counted(tmp_path: Path) -> None:
+    async def nights(secs: float) -> None:
+        assert secs == PUBLISH_EVERY_SECS
+        gone.own.created += 1
+        raise asyncio.CancelledError
+
+    gone = SharedMetrics(counted(2), tmp_path, nights)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(gone.run())
+
+    assert b"arbiter_sessions_created_total 3.0" in SharedMetrics(Metrics(), tmp_path).render(0)
+
+
+def test_a_single_process_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = SharedMetrics(counted(1), None)
+
+    asyncio.run(alone.run())
+
+    assert list(tmp_path.iterdir()) == []
