@@ -21,6 +21,8 @@ from bench.durable import compare_stores, row_name, starting
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
 from bench.report import Required, load_row, median, plot, ratio
 from bench.servers import BATCH_SIZE, batches, ours, peer
+from bench.shared import CONNECTIONS as SHARED_CONNECTIONS
+from bench.shared import MEMORY, ONE, compare_shared
 
 PLOT = Path(__file__).parent / "live_sessions.svg"
 WARM_UP_SECS = 1.0
@@ -79,6 +81,7 @@ def in_process(sessions: int) -> dict[str, float]:
 def required(
     turns: dict[str, list[Load]],
     stores: dict[str, list[Load]],
+    shared: dict[str, list[Load]],
     sizes: dict[int, Load],
     parts: dict[str, float],
 ) -> list[Required]:
@@ -117,6 +120,11 @@ def required(
             ),
             0.5,
         ),
+        Required(
+            f"Valkey, one worker ÷ memory, at {SHARED_CONNECTIONS} connections",
+            ratio(shared[ONE], shared[MEMORY]),
+            0.35,
+        ),
     ]
 
 
@@ -149,6 +157,7 @@ def main() -> int:
         turns = compare(rounds, secs, scratch)
         print("stores", file=sys.stderr)
         stores = compare_stores(scratch, lambda c: take_turns(c, rounds, secs, scratch))
+        shared, alone = compare_shared(scratch, lambda c: take_turns(c, rounds, secs, scratch))
         start = starting(sizes[-1], scratch)
         print("live sessions", file=sys.stderr)
         by_size = grow(sizes, rounds, secs, scratch)
@@ -161,6 +170,11 @@ def main() -> int:
     print("\n| store | calls/s | spread | p99, ms |\n|---|---|---|---|")
     for contestant, found in stores.items():
         print(load_row(contestant, found))
+    print(f"\n| shared, {SHARED_CONNECTIONS} connections | calls/s | spread | p99, ms |")
+    print("|---|---|---|---|")
+    for contestant, found in shared.items():
+        print(load_row(contestant, found))
+    print(f"| redis-benchmark with the same script | {alone} | | |")
     print("\n| live sessions | calls/s | p99, ms |\n|---|---|---|")
     for size, load in by_size.items():
         print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
@@ -168,7 +182,7 @@ def main() -> int:
     for part, value in (parts | start).items():
         print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
     print("\n| must reach | found | bound | |\n|---|---|---|---|")
-    for each in required(turns, stores, by_size, parts):
+    for each in required(turns, stores, shared, by_size, parts):
         print(each.row())
     if not quick:
         plot(by_size, PLOT)

@@ -49,9 +49,9 @@ class Target(NamedTuple):
     connections: int = CONNECTIONS
 
 
-def pinned(core: str) -> list[str]:
-    """How to start a command on one core, where the system can."""
-    return ["taskset", "-c", core] if shutil.which("taskset") and os.cpu_count() != 1 else []
+def pinned(cores: str) -> list[str]:
+    """How to start a command on some cores, where the system can."""
+    return ["taskset", "-c", cores] if shutil.which("taskset") and os.cpu_count() != 1 else []
 
 
 def press(target: Target, secs: float, scratch: Path) -> Load:

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from app.api.auth import Scope, new_key
-from bench.load import SERVER_CORE, Target, pinned
+from bench.load import LOAD_CORE, SERVER_CORE, Target, pinned
 
 SESSION = {
     "agent_id": "7c9e6679-7425-40de-944b-e07fc1f90ae7",
@@ -39,10 +39,10 @@ def free_port() -> int:
 
 @contextmanager
 def _process(
-    command: list[str], port: int, path: str, **variables: str
+    command: list[str], port: int, path: str, cores: str = SERVER_CORE, **variables: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        [*pinned(SERVER_CORE), sys.executable, *command],
+        [*pinned(cores), sys.executable, *command],
         env=os.environ | variables,
         stderr=subprocess.DEVNULL,
     )
@@ -92,13 +92,16 @@ def ours(scratch: Path, *, sessions: int = 1, fast_lane: bool = True) -> Iterato
 
 
 @contextmanager
-def stored(scratch: Path, store_url: str) -> Iterator[Target]:
+def stored(scratch: Path, store_url: str, workers: int = 1) -> Iterator[Target]:
     """The service as an operator starts it, over a store of its own with some sessions."""
     port = free_port()
     key, token = new_key("gate", Scope.PROXY)
     authorization = f"Bearer {token}"
     paths = scratch / f"stored-{port}.paths"
-    with _process(["-m", "app"], port, "/readyz", **_settings(port, str(key), store_url)):
+    settings = _settings(port, str(key), store_url) | {"ARBITER_WORKERS": str(workers)}
+    # One worker has the core that every contestant has; several have the machine.
+    cores = SERVER_CORE if workers == 1 else f"{SERVER_CORE},{LOAD_CORE}"
+    with _process(["-m", "app"], port, "/readyz", cores, **settings):
         base, headers = f"http://127.0.0.1:{port}", {"authorization": authorization}
         with httpx.Client(base_url=base, headers=headers) as client:
             made = [client.post("/sessions", json=SESSION) for _ in range(STORED_SESSIONS)]

