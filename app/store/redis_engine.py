@@ -20,6 +20,7 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
 )
 from redis.exceptions import (
@@ -39,8 +40,8 @@ DEADLINE_SECS = 0.25
 
 GRACE_TURNS = 20
 """Turns of the event loop that a request waits for after its deadline. They take no time when
-the engine is slow, and as long as it needs when we are: a reply that has arrived is read, rather
-than an admission refused that was counted."""
+the engine is slow, and as long as it needs when we are: a reply that has arrived is read, so
+that no admission is refused that was counted."""
 
 MOST_AT_ONCE = 256
 """Scripts in one pipeline."""
@@ -63,6 +64,7 @@ _REASONS: list[tuple[type[Exception], str]] = [
     (OutOfMemoryError, "it is out of memory"),
     (ReadOnlyError, "it is a read-only replica"),
     (ClusterDownError, "the cluster is down"),
+    (RedisClusterException, "the cluster is down"),
 ]
 
 
@@ -87,6 +89,9 @@ class Step(NamedTuple):
         how = ("EVALSHA", self.script.sha) if by_name else ("EVAL", self.script.text)
         return (*how, len(self.keys), *self.keys, *self.arguments)
 
+
+_LOST = (CannotConnect, TooSlow, ClusterDownError, RedisClusterException)
+_ERRORS = (RedisError, RedisClusterException, OSError)
 
 Waiting = tuple[Step, asyncio.Future[Any]]
 
@@ -117,7 +122,7 @@ class Engine:
         self._client: Client = self._url.client()
         try:
             await self._check()
-        except (RedisError, OSError) as error:
+        except _ERRORS as error:
             await self._client.aclose()
             raise StoreUnusable(f"cannot use {self._url}: {reason(error)}") from error
         except StoreUnusable as error:
@@ -169,7 +174,11 @@ class Engine:
     def _lane(self, step: Step) -> _Lane:
         if not isinstance(self._client, RedisCluster):
             return self._lanes[""]
-        node = self._client.get_node_from_key(step.keys[0])
+        try:
+            node = self._client.get_node_from_key(step.keys[0])
+        except RedisClusterException:
+            # Nobody serves the slot, which the pipeline will find as well.
+            node = None
         return self._lanes[node.name if node else ""]
 
     def _give_up(self, turn: list[asyncio.Future[Any]], grace: int) -> None:
@@ -205,7 +214,7 @@ class Engine:
             unknown = await self._pipeline(batch, by_name=True)
             if unknown:
                 await self._pipeline(unknown, by_name=False)
-        except (RedisError, OSError) as error:
+        except _ERRORS as error:
             self._failed(batch, error)
         finally:
             lane.under_way -= 1
@@ -235,7 +244,7 @@ class Engine:
         for _, future in batch:
             if not future.done():
                 future.set_exception(StoreUnavailable())
-        lost = isinstance(error, CannotConnect | TooSlow | ClusterDownError)
+        lost = isinstance(error, _LOST)
         if lost and isinstance(self._client, RedisCluster) and self._looking is None:
             self._looking = self._loop.create_task(self._look_around(self._client))
 
@@ -244,7 +253,7 @@ class Engine:
         try:
             await cluster.nodes_manager.initialize()
             await asyncio.sleep(LOOK_AGAIN_SECS)
-        except (RedisError, OSError) as error:
+        except _ERRORS as error:
             self._health.failed(reason(error))
         finally:
             self._looking = None

@@ -15,7 +15,8 @@ from app.domain.admission import Admitted, DenialCode, Denied
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.domain.session import Session, SessionStatus
 from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
-from app.store.redis import LEASE_SECS, RedisStore
+from app.store.redis import RedisStore
+from app.store.redis_index import LEASE_SECS, Announcement
 from app.store.redis_url import RedisUrl
 from tests.conftest import redis_store
 from tests.engines import Server, single
@@ -514,14 +515,14 @@ class TestReplicasThatDie:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         sleeping, living = replicas
-        claim, session_id = sleeping._claim_for_agent, new_id()
+        claim, session_id = sleeping._index.claim_for_agent, new_id()
 
-        async def sleep(*arguments: Any) -> Denied | None:
-            denied = await claim(*arguments)
+        async def sleep(announced: Announcement) -> int | None:
+            active = await claim(announced)
             clock.advance(LEASE_SECS)
-            return denied
+            return active
 
-        monkeypatch.setattr(sleeping, "_claim_for_agent", sleep)
+        monkeypatch.setattr(sleeping._index, "claim_for_agent", sleep)
 
         with pytest.raises(StoreUnavailable):
             await sleeping.create(session_id, a_grant())

@@ -1,6 +1,6 @@
 -- Announce a session to its agent, if the cap allows one more.
 -- KEYS  open sessions of the agent
--- ARGV  now, session, lease in microseconds, cap or ''
+-- ARGV  now, session, lease in microseconds, cap or '', milliseconds that the index is to live
 -- Returns {'ok'} or {'too_many_sessions', active}.
 
 local now = clock()
@@ -13,5 +13,5 @@ if ARGV[4] ~= '' and active >= tonumber(ARGV[4]) then
   return {'too_many_sessions', active}
 end
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[3]), ARGV[2])
-outlive(KEYS[1], 3600 * 1000)
+outlive(KEYS[1], tonumber(ARGV[5]))
 return {'ok'}

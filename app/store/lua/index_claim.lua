@@ -2,7 +2,7 @@
 -- is confirmed the entry counts for a short lease only: if nobody goes on, it lapses.
 -- KEYS  all sessions, remembered creations, the creation with this idempotency key
 -- ARGV  now, entry, lease in microseconds, most sessions, idempotency digest or '', the grant
---       as text, microseconds to remember a creation
+--       as text, microseconds to remember a creation, milliseconds that the index is to live
 -- Returns {'new' or 'unfinished', now, entry}, {'replayed', session as text}, {'conflict'},
 -- {'full'} or {'creations_full'}.
 
@@ -39,5 +39,5 @@ if outcome == 'new' then
   end
 end
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[3]), entry)
-outlive(KEYS[1], 3600 * 1000)
+outlive(KEYS[1], tonumber(ARGV[8]))
 return {outcome, now, entry}
