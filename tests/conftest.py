@@ -33,6 +33,10 @@ def sqlite_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStor
     return SqliteStore(Location(folder / "sessions.db", "normal"), limits, clock)
 
 
+PATIENTLY = "?deadline_ms=10000"
+"""What is decided does not depend on how slow the machine is that the tests run on."""
+
+
 def _fresh(folder: Path) -> bool:
     """Whether a store is made in this folder for the first time."""
     mark = folder / "used"
@@ -44,13 +48,13 @@ def _fresh(folder: Path) -> bool:
 def redis_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
     if _fresh(folder):
         engines.single().client.flushall()
-    return RedisStore(RedisUrl.parse(engines.single().url), limits, clock)
+    return RedisStore(RedisUrl.parse(engines.single().url + PATIENTLY), limits, clock)
 
 
 def cluster_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
     if _fresh(folder):
         engines.cluster().flush()
-    return RedisStore(RedisUrl.parse(engines.cluster().url), limits, clock)
+    return RedisStore(RedisUrl.parse(engines.cluster().url + PATIENTLY), limits, clock)
 
 
 STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {

@@ -35,9 +35,6 @@ from app.store.health import Health
 from app.store.redis_scripts import Script
 from app.store.redis_url import Client, RedisUrl
 
-DEADLINE_SECS = 0.25
-"""How long a request waits for an answer."""
-
 GRACE_TURNS = 20
 """Turns of the event loop that a request waits for after its deadline. They take no time when
 the engine is slow, and as long as it needs when we are: a reply that has arrived is read, so
@@ -149,6 +146,8 @@ class Engine:
         while under_way := self._sending | ({self._looking} if self._looking else set()):
             await asyncio.wait(under_way)
         await self._client.aclose()
+        # Connections that were given up at once are closed in the next turn.
+        await asyncio.sleep(0)
 
     async def run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         """What the script returns. Raises `StoreUnavailable` if that cannot be known within
@@ -193,7 +192,7 @@ class Engine:
 
     def _end_turn(self) -> None:
         # From here on, since until now the time was ours.
-        self._loop.call_later(DEADLINE_SECS, self._give_up, self._turn, GRACE_TURNS)
+        self._loop.call_later(self._url.deadline_secs, self._give_up, self._turn, GRACE_TURNS)
         self._turn = []
         for lane in self._lanes.values():
             self._send_waiting(lane)

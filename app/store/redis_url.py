@@ -20,13 +20,15 @@ Client = Redis | RedisCluster
 CONNECTIONS = 8
 """Most connections to one engine."""
 
-SOCKET_TIMEOUT_SECS = 1.0
-"""How long one step may take before its connection is given up."""
+DEADLINE_MS, MAX_DEADLINE_MS = 250, 60_000
+
+PATIENCE = 4
+"""Deadlines that a reply may take before its connection is given up."""
 
 _PLAIN, _TLS = "redis", "rediss"
 _CLUSTER, _SENTINEL = "redis+cluster", "redis+sentinel"
 _PORTS = {_SENTINEL: 26379}
-_OPTIONS = {"tls", "allow_eviction"}
+_OPTIONS = {"tls", "allow_eviction", "deadline_ms"}
 _FLAGS = {"true": True, "false": False}
 
 
@@ -41,20 +43,28 @@ class RedisUrl:
     """What the sentinels call the primary."""
     tls: bool
     allow_eviction: bool
+    deadline_secs: float
+    """How long a request waits for the engine."""
     credentials: _Credentials
 
     @classmethod
     def parse(cls, url: str) -> RedisUrl:
         """`redis://[user:password@]host[:port][/db]`, `rediss://` for TLS;
         `redis+cluster://host,host`; `redis+sentinel://host,host/name[/db]`; options
-        `?tls=true` and `?allow_eviction=true`. Raises `ValueError`, never with the
-        password."""
+        `?tls=true`, `?allow_eviction=true` and `?deadline_ms=250`. Raises `ValueError`,
+        never with the password."""
         parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if parts.fragment or not options.keys() <= _OPTIONS:
-            raise ValueError("the only options are ?tls=true and ?allow_eviction=true")
+        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        options = dict(pairs)
+        if parts.fragment or len(pairs) > len(options) or not options.keys() <= _OPTIONS:
+            raise ValueError(
+                "the only options are tls=true, allow_eviction=true and deadline_ms=250"
+            )
+        deadline_ms = options.pop("deadline_ms", str(DEADLINE_MS))
+        if not deadline_ms.isdecimal() or not 1 <= int(deadline_ms) <= MAX_DEADLINE_MS:
+            raise ValueError(f"deadline_ms is a number from 1 to {MAX_DEADLINE_MS}")
         if not set(options.values()) <= _FLAGS.keys():
-            raise ValueError("an option is true or false")
+            raise ValueError("tls and allow_eviction are true or false")
         flags = {name: _FLAGS[value] for name, value in options.items()}
         service, db = _path(parts)
         return cls(
@@ -64,6 +74,7 @@ class RedisUrl:
             service,
             parts.scheme == _TLS or flags.get("tls", False),
             flags.get("allow_eviction", False),
+            int(deadline_ms) / 1000,
             _Credentials.of(parts.netloc),
         )
 
@@ -73,11 +84,12 @@ class RedisUrl:
 
     def client(self) -> Client:
         """A client that has not connected yet."""
+        timeout_secs = PATIENCE * self.deadline_secs
         common: dict[str, Any] = {
             "username": self.credentials.username,
             "password": self.credentials.password,
-            "socket_timeout": SOCKET_TIMEOUT_SECS,
-            "socket_connect_timeout": SOCKET_TIMEOUT_SECS,
+            "socket_timeout": timeout_secs,
+            "socket_connect_timeout": timeout_secs,
             "retry": Retry(NoBackoff(), 0),
         }
         if self.kind == _CLUSTER:
@@ -96,7 +108,7 @@ class RedisUrl:
             common["connection_class"] = SSLConnection
         pool = BlockingConnectionPool(
             max_connections=CONNECTIONS,
-            timeout=SOCKET_TIMEOUT_SECS,
+            timeout=timeout_secs,
             host=host,
             port=port,
             db=self.db,

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests import engines
+from tests.conftest import PATIENTLY
 from tests.e2e.conftest import Service, StartService
 from tests.engines import Cluster, Server
 from tests.support import session_request
@@ -48,7 +49,7 @@ async def test_500_racing_calls_through_two_processes_admit_exactly_50(
     start_service: StartService, kind: str
 ) -> None:
     url = engines.single().url if kind == "single" else engines.cluster().url
-    services = [start_service(ARBITER_STORE_URL=url) for _ in range(2)]
+    services = [start_service(ARBITER_STORE_URL=url + PATIENTLY) for _ in range(2)]
     limits = httpx.Limits(max_connections=50)
     async with httpx.AsyncClient(limits=limits, timeout=30) as client:
         created = await client.post(

@@ -11,6 +11,7 @@ import sys
 import httpx
 import pytest
 
+from tests.conftest import PATIENTLY
 from tests.e2e.conftest import ROOT, Service, StartService
 from tests.engines import single
 from tests.support import session_request
@@ -22,7 +23,9 @@ WORKERS = 2
 
 @pytest.fixture
 def service(start_service: StartService) -> Service:
-    return start_service(ARBITER_STORE_URL=single().url, ARBITER_WORKERS=str(WORKERS))
+    return start_service(
+        ARBITER_STORE_URL=single().url + PATIENTLY, ARBITER_WORKERS=str(WORKERS)
+    )
 
 
 async def test_workers_share_budgets_and_add_up_their_metrics(service: Service) -> None:

@@ -18,7 +18,7 @@ from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
 from app.store.redis import RedisStore
 from app.store.redis_index import LEASE_SECS, Announcement
 from app.store.redis_url import RedisUrl
-from tests.conftest import redis_store
+from tests.conftest import PATIENTLY, redis_store
 from tests.engines import Server, single
 from tests.faults import FaultProxy, proxied
 from tests.support import AGENT, ManualClock, a_batch, a_call, a_grant, new_id, opened
@@ -75,6 +75,7 @@ class TestUrl:
                 (("a", 26379), ("b", 5)),
                 {"service": "main", "db": 3},
             ),
+            ("redis://h?deadline_ms=500", (("h", 6379),), {"deadline_secs": 0.5}),
             ("redis://h?allow_eviction=true", (("h", 6379),), {"allow_eviction": True}),
         ],
     )
@@ -95,6 +96,9 @@ class TestUrl:
             "redis://h/1/2",
             "redis://h?retry=1",
             "redis://h?tls=yes",
+            "redis://h?tls=true&tls=false",
+            "redis://h?deadline_ms=0",
+            "redis://h?deadline_ms=1e3",
             "redis+cluster://a/1",
             "redis+sentinel://a",
             "redis://h#f",
@@ -531,10 +535,8 @@ class TestReplicasThatDie:
 
 
 class TestReplicas:
-    async def test_two_replicas_share_one_budget(
-        self, server: Server, store: RedisStore
-    ) -> None:
-        other = await connected(server.url)
+    async def test_two_replicas_share_one_budget(self, server: Server) -> None:
+        store, other = [await connected(server.url + PATIENTLY) for _ in range(2)]
         session = await opened(store, a_grant(call_budget=50))
 
         decisions = await asyncio.gather(
@@ -543,6 +545,7 @@ class TestReplicas:
                 for number in range(500)
             )
         )
+        await store.aclose()
         await other.aclose()
 
         admitted = [each.session for each in decisions if isinstance(each, Admitted)]
