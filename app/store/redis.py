@@ -4,12 +4,11 @@ What changes a session is one script in the session's slot (`lua/`), so that no 
 see or leave half of it. The indexes by agent and by deadline are in other slots, and a replica
 can die between two of them. Therefore:
 
-- The indexes are told first, for a lease of `LEASE_SECS`; then the session is written; then
-  the indexes are told its deadline. If nobody goes on, the entry stops counting after the
-  lease, and a sweep removes it, or gives it the right deadline if the session is there.
-- A session is closed in the same way. Whatever happens it stays in the agent's index, which the
-  kill switch goes through from end to end.
-- A creation that took longer than the lease allows is given up before the session is written.
+- Indexes are told first that a session is in doubt, with a lease; then it is written or closed;
+  then the indexes are told how that ended. If nobody tells them, the entry counts no more when
+  the lease ends, and a sweep looks at the session and sets the indexes right.
+- In doubt or not, a session stays in its agent's index, which the kill switch goes through.
+- A creation that took too long is given up before the session is written.
 
 The time is the engine's.
 """
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
+from typing import Any
 
 from typing_extensions import override
 
@@ -44,14 +44,17 @@ from app.store.base import (
 from app.store.clock import Clock
 from app.store.position import FIRST, Position
 from app.store.redis_engine import Engine
-from app.store.redis_index import Announcement, Index
+from app.store.redis_index import Announcement, Due, Index
 from app.store.redis_replies import ID_CHARS, READY
 from app.store.redis_sessions import Sessions
 from app.store.redis_url import RedisUrl
 from app.store.serialisation import to_session
 
-CLOSED_AT_ONCE = 100
+CLOSED_AT_ONCE = 200
 """Sessions that the kill switch closes before it tells the indexes."""
+
+LOOK_AHEAD = 200
+"""Entries that are read at once at least, in search of sessions of a status."""
 
 
 class RedisStore(SessionStore):
@@ -117,10 +120,15 @@ class RedisStore(SessionStore):
             if outcome == b"new":
                 await self._index.withdraw(announced)
             return too_many_sessions(self._cap or 0, active)
-        session = await self._sessions.write(
+        written = await self._sessions.write(
             announced.session_id, grant, self._index.begin_by(claimed_at)
         )
+        # As it was when it was created, by whomever.
+        session = Session.opened(written.session_id, grant, written.created_at)
         await self._index.confirm(announced, session)
+        if written.closed_at is not None:
+            # Meanwhile, so that it is not to be announced as open.
+            await self._close([session.session_id], grant.agent_id, only_active=False)
         return Admitted(session, replayed=outcome != b"new")
 
     @override
@@ -134,20 +142,29 @@ class RedisStore(SessionStore):
         if session is None:
             return NO_SESSION
         agent_id = session.grant.agent_id
-        await self._index.begin_close(agent_id, session_id)
-        found = await self._sessions.close([session_id], only_active=False)
-        await self._index.end_close(agent_id, [session_id], found)
-        return self._sessions.closing(session, found[0])
+        (reply,) = await self._close([session_id], agent_id, only_active=False)
+        return self._sessions.closing(session, reply)
+
+    async def _close(
+        self, session_ids: list[str], agent_id: str, *, only_active: bool
+    ) -> list[list[Any]]:
+        await self._index.begin_close(agent_id, session_ids)
+        found = await self._sessions.close(session_ids, only_active=only_active)
+        await self._index.end_close(agent_id, session_ids, found)
+        return found
 
     @override
     async def close_sessions_for_agent(self, agent_id: str) -> int:
-        closed = 0
-        reachable = await self._index.begin_close(agent_id)
-        for first in range(0, len(reachable), CLOSED_AT_ONCE):
-            some = reachable[first : first + CLOSED_AT_ONCE]
-            found = await self._sessions.close(some, only_active=True)
-            await self._index.end_close(agent_id, some, found)
-            closed += sum(outcome == b"closed" for outcome, *_ in found)
+        closed, after, more = 0, FIRST, True
+        active = SessionFilter(agent_id, SessionStatus.ACTIVE)
+        while more:
+            some = await self._index.positions(active, after, CLOSED_AT_ONCE)
+            more = len(some) == CLOSED_AT_ONCE
+            if some:
+                after = some[-1]
+                ids = [each.session_id for each in some]
+                found = await self._close(ids, agent_id, only_active=True)
+                closed += sum(outcome == b"closed" for outcome, *_ in found)
         return closed
 
     @override
@@ -166,8 +183,9 @@ class RedisStore(SessionStore):
         sessions: list[Session] = []
         more = True
         while more and len(sessions) <= limit:
-            positions = await self._index.positions(which, after, limit + 1)
-            more = len(positions) > limit
+            most = max(limit + 1, LOOK_AHEAD)
+            positions = await self._index.positions(which, after, most)
+            more = len(positions) == most
             if positions:
                 after = positions[-1]
             found = await self._sessions.read([each.session_id for each in positions])
@@ -179,17 +197,18 @@ class RedisStore(SessionStore):
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
-        entries = await self._index.due(self._replica, limit)
-        if not entries:
-            return Swept(0, 0, more=False)
-        found = await self._sessions.sweep([entry[:ID_CHARS] for entry in entries])
-        outcomes = [outcome for outcome, *_ in found]
-        told = list(zip(entries, found, strict=True))
-        gone = [entry for entry, (outcome, *_) in told if outcome != b"alive"]
-        alive = [(entry, reply[3]) for entry, reply in told if reply[0] == b"alive"]
-        await self._index.settle(gone, alive)
-        closed = outcomes.count(b"closed")
-        return Swept(len(gone) - closed, closed, more=len(entries) >= limit)
+        due = await self._index.due(self._replica, limit)
+        found = await self._sessions.sweep([each.session_id for each in due])
+        gone: list[Due] = []
+        for each, reply in zip(due, found, strict=True):
+            if reply[0] == b"alive":
+                await self._index.end_close(each.agent_id, [each.session_id], [reply])
+            else:
+                gone.append(each)
+        if gone:
+            await self._index.forget(gone)
+        kinds = [each.kind for each in gone]
+        return Swept(kinds.count("expired"), kinds.count("closed"), more=len(due) >= limit)
 
 
 def _is(session: Session, status: SessionStatus | None) -> bool:

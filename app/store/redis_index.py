@@ -17,6 +17,7 @@ from app.store.redis_replies import (
     CLOSED,
     CLOSINGS,
     CREATIONS,
+    DOUBTFUL,
     ID_CHARS,
     SWEEPER,
     agent_keys,
@@ -50,9 +51,23 @@ class Announcement(NamedTuple):
         return self.session_id + self.grant.agent_id
 
     @property
-    def keys(self) -> tuple[str, str, str]:
+    def keys(self) -> tuple[str, ...]:
         """What the scripts about announcements work on."""
-        return ALL, CREATIONS, creation_key(key_digest(self.idempotency))
+        return ALL, DOUBTFUL, CREATIONS, creation_key(key_digest(self.idempotency))
+
+    @property
+    def time_limit(self) -> int:
+        """In microseconds."""
+        return self.grant.time_limit_secs * MICROSECONDS
+
+
+class Due(NamedTuple):
+    """An entry that somebody has to look at."""
+
+    session_id: str
+    agent_id: str
+    kind: str
+    """`expired` or `closed`, as far as the index knows, or `doubtful`."""
 
 
 class Index:
@@ -72,6 +87,7 @@ class Index:
             announced.keys,
             self._now(),
             announced.entry,
+            announced.time_limit,
             _LEASE,
             self._limits.max_sessions,
             key_digest(announced.idempotency),
@@ -91,9 +107,10 @@ class Index:
         cap = self._limits.max_active_sessions_per_agent
         outcome, *told = await self._engine.run(
             scripts.AGENT_CLAIM,
-            agent_keys(announced.grant.agent_id)[:1],
+            agent_keys(announced.grant.agent_id)[:2],
             self._now(),
             announced.session_id,
+            announced.time_limit,
             _LEASE,
             "" if cap is None else cap,
             self._life(announced.grant),
@@ -121,7 +138,7 @@ class Index:
             [
                 Step(
                     scripts.AGENT_CONFIRM,
-                    agent_keys(grant.agent_id)[:1],
+                    agent_keys(grant.agent_id)[:2],
                     (now, session.session_id, deadline),
                 ),
                 Step(
@@ -132,51 +149,58 @@ class Index:
             ]
         )
 
-    async def begin_close(self, agent_id: str, session_id: str = "") -> list[str]:
-        """A session of the agent is about to be closed, or all; which those are."""
-        found = await self._engine.run(
-            scripts.AGENT_BEGIN_CLOSE,
-            agent_keys(agent_id)[:1],
-            self._now(),
-            _LEASE,
-            session_id,
+    async def begin_close(self, agent_id: str, session_ids: list[str]) -> None:
+        """Sessions of the agent are about to be closed."""
+        now, entries = self._now(), [each + agent_id for each in session_ids]
+        # First of all somebody has to know where to look.
+        await self._engine.run(scripts.INDEX_DOUBT, (ALL, DOUBTFUL), now, _LEASE, *entries)
+        await self._engine.run(
+            scripts.AGENT_DOUBT, agent_keys(agent_id)[:2], now, _LEASE, *session_ids
         )
-        return [each.decode() for each in found]
 
     async def end_close(
         self, agent_id: str, session_ids: list[str], found: list[list[Any]]
     ) -> None:
-        """Those of the sessions that are closed now: `found` is what was said of each."""
-        by_agent: list[Any] = [self._now()]
+        """The sessions are closed, or are not: `found` is what was said of each."""
+        closed: list[Any] = [self._now(), (self._limits.retention_secs + _MARGIN_SECS) * 1000]
+        still_open: list[Any] = [self._now()]
         by_deadline: list[Any] = [self._now()]
-        for session_id, (outcome, *told) in zip(session_ids, found, strict=True):
-            if outcome in {b"closed", b"session_closed"}:
-                expires_at, closed_at = told[2], told[6]
-                by_agent += [session_id, expires_at]
-                by_deadline += [session_id + agent_id, expires_at, closed_at]
+        for session_id, (_, *told) in zip(session_ids, found, strict=True):
+            if not told:
+                # It is not there; a sweep finds out why.
+                continue
+            expires_at, closed_at = told[2], told[6]
+            (still_open if closed_at == b"" else closed).extend((session_id, expires_at))
+            by_deadline += [session_id + agent_id, expires_at, closed_at]
+        # Agents first: while an entry is in doubt, somebody comes to look again.
+        keys = agent_keys(agent_id)
         await self._engine.run_all(
             [
-                Step(scripts.AGENT_CLOSE, agent_keys(agent_id), by_agent),
-                Step(scripts.INDEX_CLOSE, (ALL, CLOSED, CLOSINGS), by_deadline),
+                Step(scripts.AGENT_CLOSE, keys, closed),
+                Step(scripts.AGENT_CONFIRM, keys[:2], still_open),
             ]
+        )
+        await self._engine.run(
+            scripts.INDEX_CLOSE, (ALL, DOUBTFUL, CLOSED, CLOSINGS), *by_deadline
         )
 
     async def count_active_of(self, agent_id: str) -> int:
         """How many sessions of the agent are active."""
         return int(
-            await self._engine.run(scripts.AGENT_COUNT, agent_keys(agent_id)[:1], self._now())
+            await self._engine.run(scripts.AGENT_COUNT, agent_keys(agent_id)[:2], self._now())
         )
 
     async def count_active(self) -> int:
         """How many sessions are active."""
-        return int(await self._engine.run(scripts.INDEX_COUNT, (ALL, CLOSED), self._now()))
+        keys = (ALL, DOUBTFUL, CLOSED)
+        return int(await self._engine.run(scripts.INDEX_COUNT, keys, self._now()))
 
     async def positions(
         self, which: SessionFilter, after: Position, limit: int
     ) -> list[Position]:
         """At most `limit` places after one, of sessions that may be of the wanted status."""
         agent_id, status = which
-        opened, closed = (ALL, CLOSED) if agent_id is None else agent_keys(agent_id)
+        opened, _, closed = (ALL, "", CLOSED) if agent_id is None else agent_keys(agent_id)
         keys: tuple[str, ...] = (closed,) if status is SessionStatus.CLOSED else (opened,)
         if status is None and agent_id is not None:
             keys = opened, closed
@@ -198,48 +222,38 @@ class Index:
         ]
         return sorted(positions)[:limit]
 
-    async def due(self, replica: str, limit: int) -> list[str]:
-        """Entries to look at, since their sessions should have ended long enough ago; none
-        while it is another replica's turn."""
+    async def due(self, replica: str, limit: int) -> list[Due]:
+        """Entries to look at: in doubt, or of sessions that should have ended long enough
+        ago. None while it is another replica's turn."""
         found = await self._engine.run(
             scripts.INDEX_DUE,
-            (ALL, CLOSINGS, CREATIONS, SWEEPER),
+            (ALL, DOUBTFUL, CLOSED, CLOSINGS, CREATIONS, SWEEPER),
             self._now(),
             self._limits.retention_secs * MICROSECONDS,
             limit,
             replica,
             SWEEP_TURN_SECS * 1000,
         )
-        return [each.decode() for each in found]
+        texts = [each.decode() for each in found]
+        return [
+            Due(entry[:ID_CHARS], entry[ID_CHARS:], kind)
+            for entry, kind in zip(texts[::2], texts[1::2], strict=True)
+        ]
 
     async def leave(self, replica: str) -> None:
         """The replica's turn to sweep is over."""
         await self._engine.run(scripts.INDEX_LEAVE, (SWEEPER,), "", replica)
 
-    async def settle(self, gone: list[str], alive: list[tuple[str, int]]) -> None:
-        """Forget the entries of sessions that are gone, and give the others, which had been
-        announced and not confirmed, their deadline."""
+    async def forget(self, gone: list[Due]) -> None:
+        """The sessions are not there any more."""
         now = self._now()
         # Agents first: while an entry is in the index of all, somebody comes to look again.
         await self._engine.run_all(
             [
-                Step(
-                    scripts.AGENT_FORGET,
-                    agent_keys(entry[ID_CHARS:]),
-                    (now, entry[:ID_CHARS]),
-                )
-                for entry in gone
-            ]
-            + [
-                Step(
-                    scripts.AGENT_CONFIRM,
-                    agent_keys(entry[ID_CHARS:])[:1],
-                    (now, entry[:ID_CHARS], deadline),
-                )
-                for entry, deadline in alive
+                Step(scripts.AGENT_FORGET, agent_keys(each.agent_id), (now, each.session_id))
+                for each in gone
             ]
         )
-        again = [value for pair in alive for value in pair]
-        await self._engine.run(
-            scripts.INDEX_SWEEP, (ALL, CLOSED, CLOSINGS), now, len(gone), *gone, *again
-        )
+        entries = [each.session_id + each.agent_id for each in gone]
+        keys = (ALL, DOUBTFUL, CLOSED, CLOSINGS)
+        await self._engine.run(scripts.INDEX_SWEEP, keys, now, *entries)

@@ -31,6 +31,7 @@ GRANTS_KEPT = 16_384
 
 _PREFIX = "arbiter"
 ALL = f"{_PREFIX}:{{index}}:sessions"
+DOUBTFUL = f"{_PREFIX}:{{index}}:doubtful"
 CLOSED = f"{_PREFIX}:{{index}}:closed"
 CLOSINGS = f"{_PREFIX}:{{index}}:closings"
 CREATIONS = f"{_PREFIX}:{{index}}:creations"
@@ -47,10 +48,15 @@ def session_keys(session_id: str) -> tuple[str, str, str]:
     return key, f"{key}:grant", f"{key}:replays"
 
 
-def agent_keys(agent_id: str) -> tuple[str, str]:
-    """The agent's open sessions, and the closed ones."""
+def sweep_key(session_id: str) -> str:
+    """A mark that the session was looked for in vain, and must not be created any more."""
+    return f"{session_keys(session_id)[0]}:swept"
+
+
+def agent_keys(agent_id: str) -> tuple[str, str, str]:
+    """The agent's open sessions, those of them that are in doubt, and the closed ones."""
     key = f"{_PREFIX}:{{{agent_id}}}"
-    return f"{key}:open", f"{key}:closed"
+    return f"{key}:open", f"{key}:doubtful", f"{key}:closed"
 
 
 def creation_key(digest: str) -> str:

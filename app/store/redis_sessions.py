@@ -81,7 +81,7 @@ class Sessions:
         rate, tools = grant.rate_limit_per_minute, grant.authorized_tools.entries
         reply = await self._engine.run(
             scripts.SESSION_CREATE,
-            replies.session_keys(session_id)[:2],
+            (*replies.session_keys(session_id)[:2], replies.sweep_key(session_id)),
             self.now(),
             begin_by,
             grant.agent_id,
@@ -127,7 +127,7 @@ class Sessions:
             [
                 Step(
                     scripts.SESSION_SWEEP,
-                    replies.session_keys(session_id),
+                    (*replies.session_keys(session_id), replies.sweep_key(session_id)),
                     (self.now(), retention),
                 )
                 for session_id in session_ids

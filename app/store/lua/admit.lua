@@ -11,13 +11,17 @@ local grant_key = ARGV[5] == '1' and KEYS[2] or nil
 local idempotency, admission = ARGV[6], ARGV[7]
 local n = #ARGV - FIRST_TOOL + 1
 
--- Whether `name` is the pieces of the pattern in order with anything between them. The
--- leftmost place for each middle piece leaves the most room for those after it.
-local function matches(pattern, name)
+local function split(pattern)
   local pieces = {}
   for piece in (pattern .. '*'):gmatch('([^*]*)%*') do
     pieces[#pieces + 1] = piece
   end
+  return pieces
+end
+
+-- Whether `name` is the pieces in order with anything between them. The leftmost place for each
+-- middle piece leaves the most room for those after it.
+local function matches(pieces, name)
   local first, last = pieces[1], pieces[#pieces]
   local at, stop = #first + 1, #name - #last
   if at - 1 > stop or name:sub(1, #first) ~= first or name:sub(stop + 1) ~= last then
@@ -34,22 +38,29 @@ local function matches(pattern, name)
 end
 
 local function matches_any(patterns, name)
-  for pattern in patterns:gmatch('%S+') do
-    if matches(pattern, name) then
+  for _, pieces in ipairs(patterns) do
+    if matches(pieces, name) then
       return true
     end
   end
   return false
 end
 
-local function unauthorized_places(patterns)
-  local fields, places = {}, {}
+local function unauthorized_places(text)
+  local fields, places, patterns, known = {}, {}, {}, {}
   for i = FIRST_TOOL, #ARGV do
     fields[#fields + 1] = 't:' .. ARGV[i]
   end
   local exact = redis.call('HMGET', KEYS[1], unpack(fields))
+  for pattern in text:gmatch('%S+') do
+    patterns[#patterns + 1] = split(pattern)
+  end
   for i = 1, n do
-    if not exact[i] and not matches_any(patterns, ARGV[FIRST_TOOL + i - 1]) then
+    local name = ARGV[FIRST_TOOL + i - 1]
+    if known[name] == nil then
+      known[name] = exact[i] and true or matches_any(patterns, name)
+    end
+    if not known[name] then
       places[#places + 1] = i - 1
     end
   end

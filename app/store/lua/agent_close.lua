@@ -1,11 +1,11 @@
 -- Sessions of the agent were closed.
--- KEYS  open sessions of the agent, closed ones
--- ARGV  now, then for each: session, deadline
+-- KEYS  open sessions of the agent, those in doubt, closed ones
+-- ARGV  now, milliseconds that closed sessions stay, then for each: session, deadline
 
-local life = redis.call('PTTL', KEYS[1])
-for i = 2, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   redis.call('ZREM', KEYS[1], ARGV[i])
-  redis.call('ZADD', KEYS[2], ARGV[i + 1], ARGV[i])
+  redis.call('ZREM', KEYS[2], ARGV[i])
+  redis.call('ZADD', KEYS[3], ARGV[i + 1], ARGV[i])
 end
-outlive(KEYS[2], math.max(life, 3600 * 1000))
+outlive(KEYS[3], tonumber(ARGV[2]))
 return 1

@@ -1,5 +1,5 @@
 -- How many sessions of the agent are active.
--- KEYS  open sessions of the agent
+-- KEYS  open sessions of the agent, those in doubt
 -- ARGV  now
 
-return redis.call('ZCOUNT', KEYS[1], string.format('(%.0f', clock()), '+inf')
+return count_active(KEYS[1], KEYS[2], clock())

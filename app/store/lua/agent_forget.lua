@@ -1,9 +1,10 @@
 -- Sessions of the agent are gone.
--- KEYS  open sessions of the agent, closed ones
+-- KEYS  open sessions of the agent, those in doubt, closed ones
 -- ARGV  now, the sessions
 
 for i = 2, #ARGV do
-  redis.call('ZREM', KEYS[1], ARGV[i])
-  redis.call('ZREM', KEYS[2], ARGV[i])
+  for _, key in ipairs(KEYS) do
+    redis.call('ZREM', key, ARGV[i])
+  end
 end
 return 1

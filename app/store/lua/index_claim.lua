@@ -1,15 +1,18 @@
 -- Announce a session that is about to be created, before anything else knows of it. Until it
--- is confirmed the entry counts for a short lease only: if nobody goes on, it lapses.
--- KEYS  all sessions, remembered creations, the creation with this idempotency key
--- ARGV  now, entry, lease in microseconds, most sessions, idempotency digest or '', the grant
---       as text, microseconds to remember a creation, milliseconds that the index is to live
+-- is confirmed the entry is in doubt: if nobody goes on before the lease ends, it counts no more,
+-- and somebody comes to look.
+-- KEYS  all sessions, entries in doubt, remembered creations, the creation with this
+--       idempotency key
+-- ARGV  now, entry, time limit in microseconds, lease in microseconds, most sessions,
+--       idempotency digest or '', the grant as text, microseconds to remember a creation,
+--       milliseconds that the index is to live
 -- Returns {'new' or 'unfinished', now, entry}, {'replayed', session as text}, {'conflict'},
 -- {'full'} or {'creations_full'}.
 
 local now, entry, outcome = clock(), ARGV[2], 'new'
-local most, digest, grant = tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local most, digest, grant = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 if digest ~= '' then
-  local known = redis.call('HMGET', KEYS[3], 'forget_at', 'grant', 'session', 'entry')
+  local known = redis.call('HMGET', KEYS[4], 'forget_at', 'grant', 'session', 'entry')
   if known[1] and now < tonumber(known[1]) then
     if known[2] ~= grant then
       return {'conflict'}
@@ -26,18 +29,20 @@ if outcome == 'new' then
     return {'full'}
   end
   if digest ~= '' then
-    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-    if redis.call('ZCARD', KEYS[2]) >= most then
+    redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+    if redis.call('ZCARD', KEYS[3]) >= most then
       return {'creations_full'}
     end
-    local forget_at = now + tonumber(ARGV[7])
-    redis.call('DEL', KEYS[3])
-    redis.call('HSET', KEYS[3], 'forget_at', forget_at, 'grant', grant, 'entry', entry)
-    redis.call('PEXPIRE', KEYS[3], ARGV[7] / 1000)
-    redis.call('ZADD', KEYS[2], forget_at, digest)
-    outlive(KEYS[2], ARGV[7] / 1000)
+    local forget_at = now + tonumber(ARGV[8])
+    redis.call('DEL', KEYS[4])
+    redis.call('HSET', KEYS[4], 'forget_at', forget_at, 'grant', grant, 'entry', entry)
+    redis.call('PEXPIRE', KEYS[4], ARGV[8] / 1000)
+    redis.call('ZADD', KEYS[3], forget_at, digest)
+    outlive(KEYS[3], ARGV[8] / 1000)
   end
 end
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[3]), entry)
-outlive(KEYS[1], tonumber(ARGV[8]))
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[4]), entry)
+outlive(KEYS[1], tonumber(ARGV[9]))
+outlive(KEYS[2], tonumber(ARGV[9]))
 return {outcome, now, entry}

@@ -11,11 +11,23 @@ if ARGV[5] == '1' and tonumber(deadline) <= now then
   deadline, after = string.format('%.0f', now + 1), ''
 end
 
+-- Whether `one` comes after `other`, byte by byte as the engine orders its entries; Lua would
+-- compare by the language of the machine.
+local function comes_after(one, other)
+  for i = 1, math.min(#one, #other) do
+    local a, b = one:byte(i), other:byte(i)
+    if a ~= b then
+      return a > b
+    end
+  end
+  return #one > #other
+end
+
 local function page(index)
   local found = {}
   if last == '+inf' or tonumber(deadline) <= now then
     for _, entry in ipairs(redis.call('ZRANGEBYSCORE', index, deadline, deadline)) do
-      if entry > after and #found < 2 * most then
+      if comes_after(entry, after) and #found < 2 * most then
         found[#found + 1] = entry
         found[#found + 1] = deadline
       end

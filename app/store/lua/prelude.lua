@@ -21,3 +21,20 @@ end
 local function lifetime(milliseconds)
   return math.ceil(math.max(milliseconds, 1000))
 end
+
+-- Entries that were in doubt for longer than their lease.
+local function lapsed(key, now)
+  return redis.call('ZRANGEBYSCORE', key, '-inf', string.format('%.0f', now))
+end
+
+-- How many sessions of an agent are active: those in doubt until their lease ends.
+local function count_active(open, doubtful, now)
+  local active = redis.call('ZCOUNT', open, string.format('(%.0f', now), '+inf')
+  for _, session in ipairs(lapsed(doubtful, now)) do
+    local deadline = redis.call('ZSCORE', open, session)
+    if deadline and tonumber(deadline) > now then
+      active = active - 1
+    end
+  end
+  return active
+end

@@ -1,5 +1,5 @@
 -- Write a session that the indexes announce; once, however often it is tried.
--- KEYS  session, grant
+-- KEYS  session, grant, a mark that it must not be created any more
 -- ARGV  now, last instant to begin at, agent, grant as text, time limit in seconds, budget,
 --       rate limit or '', window in seconds, rank of the ceiling, retention in milliseconds,
 --       patterns, then exact tool names
@@ -11,7 +11,7 @@ if session then
   return tell('known', session)
 end
 local now = clock()
-if now > tonumber(ARGV[2]) then
+if now > tonumber(ARGV[2]) or redis.call('EXISTS', KEYS[3]) == 1 then
   return {'late'}
 end
 local expires = now + tonumber(ARGV[5]) * 1000000
