@@ -101,7 +101,7 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
     """Serve by several processes, each of which reads the settings from the environment."""
     with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
         os.environ["ARBITER_PORT"] = str(settings.port)
-        os.environ.setdefault("ARBITER_METRICS_DIR", folder)
+        os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
         supervisor = Multiprocess(
             server_config("app.main:app", settings.workers), sockets=[listening]
         )

@@ -58,6 +58,8 @@ class Histogram:
 class Counts(msgspec.Struct):
     """The counts of one process, as others can add them to theirs."""
 
+    version: str
+
     decisions: list[tuple[str, str, int]]
     created: int
     ended: dict[str, int]
@@ -86,6 +88,7 @@ class Metrics:
     def counts(self) -> Counts:
         """What `add` takes."""
         return Counts(
+            __version__,
             [(*labels, count) for labels, count in self.decisions.items()],
             self.created,
             self.ended,
@@ -94,7 +97,7 @@ class Metrics:
         )
 
     def add(self, counts: Counts) -> None:
-        """Count what another process has counted."""
+        """Count what another process of this version has counted."""
         for operation, outcome, count in counts.decisions:
             self.decisions[operation, outcome] += count
         self.created += counts.created

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from app import __version__
+from app.observability.logs import get_logger
 from app.observability.metrics import Counts, Metrics
 
 PUBLISH_EVERY_SECS = 1.0
@@ -43,7 +45,17 @@ class SharedMetrics:
         if self._file is None:
             return []
         files = [file for file in self._file.parent.glob("*.json") if file != self._file]
-        return [msgspec.json.decode(file.read_bytes(), type=Counts) for file in files]
+        found = []
+        for file in files:
+            try:
+                counts = msgspec.json.decode(file.read_bytes(), type=Counts)
+            except (OSError, msgspec.MsgspecError):
+                # It must not cost the scrape.
+                get_logger().warning("counts cannot be read", file=file.name)
+                continue
+            if counts.version == __version__:
+                found.append(counts)
+        return found
 
     def publish(self) -> None:
         """Let the other workers see the counts, if they have changed."""
@@ -60,7 +72,13 @@ class SharedMetrics:
         """Publish for ever, and once more when cancelled."""
         try:
             while self._file is not None:
-                self.publish()
+                self._try_to_publish()
                 await self._sleep(PUBLISH_EVERY_SECS)
         finally:
+            self._try_to_publish()
+
+    def _try_to_publish(self) -> None:
+        try:
             self.publish()
+        except OSError as error:
+            get_logger().warning("counts cannot be shared", reason=error.strerror)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from app.store.base import SessionStore, StoreLimits
 
@@ -37,7 +36,7 @@ class UnknownStore(ValueError):
 
 def scheme_of(url: str) -> str:
     """The scheme of a store URL. Raises `UnknownStore` if there is no such backend."""
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0].lower()
     if scheme not in BACKENDS:
         known = ", ".join(f"{name}://" for name in BACKENDS)
         raise UnknownStore(f"unknown store; use one of: {known}")

@@ -53,7 +53,11 @@ class RedisUrl:
         `redis+cluster://host,host`; `redis+sentinel://host,host/name[/db]`; options
         `?tls=true`, `?allow_eviction=true` and `?deadline_ms=250`. Raises `ValueError`,
         never with the password."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            # Whose message has the password.
+            raise ValueError("write the URL in ASCII, anything else as %XX") from None
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         options = dict(pairs)
         if parts.fragment or len(pairs) > len(options) or not options.keys() <= _OPTIONS:
@@ -99,7 +103,11 @@ class RedisUrl:
             )
         if self.kind == _SENTINEL:
             sentinel = Sentinel(  # type: ignore[no-untyped-call]
-                self.hosts, db=self.db, ssl=self.tls, **common
+                self.hosts,
+                sentinel_kwargs=common | {"ssl": self.tls},
+                db=self.db,
+                ssl=self.tls,
+                **common,
             )
             primary: Redis = sentinel.master_for(self.service, max_connections=CONNECTIONS)
             return primary
@@ -132,7 +140,10 @@ class _Credentials:
 
 
 def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
-    listed = parts.netloc.rpartition("@")[2].split(",")
+    before, _, hosts = parts.netloc.rpartition("@")
+    if "@" in before:
+        raise ValueError("write user and password once, before all hosts, and @ in them as %40")
+    listed = hosts.split(",")
     several = parts.scheme in {_CLUSTER, _SENTINEL}
     if len(listed) > 1 and not several:
         raise ValueError("write one host; several are for redis+cluster or redis+sentinel")

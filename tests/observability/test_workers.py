@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,38 @@ def test_a_single_process_writes_nothing(
     asyncio.run(alone.run())
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_does_not_cost_the_scrape(tmp_path: Path) -> None:
+    worker = SharedMetrics(counted(1), tmp_path)
+    worker.publish()
+    (tmp_path / "half.json").write_text("{")
+    other = SharedMetrics(counted(1), tmp_path)
+    other.publish()
+    for file in tmp_path.glob("*-*.json"):
+        if file != worker._file:
+            file.write_text(file.read_text().replace('"version":"', '"version":"old-'))
+
+    assert worker.render(0) == SharedMetrics(counted(1), None).render(0)
+
+
+def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    nights = 0
+
+    async def night(secs: float) -> None:
+        nonlocal nights
+        nights += 1
+        if nights == 1:
+            shutil.rmtree(folder)
+            worker.own.created += 1
+        if nights == 3:
+            raise asyncio.CancelledError
+
+    worker = SharedMetrics(counted(1), folder, night)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(worker.run())
+
+    assert nights == 3
+    assert b"arbiter_sessions_created_total 2.0" in worker.render(0)

@@ -102,11 +102,15 @@ class TestUrl:
             "redis+cluster://a/1",
             "redis+sentinel://a",
             "redis://h#f",
+            "redis+cluster://u:pw@a,u:pw@b",
+            "redis://:secret\u2100x@h",
         ],
     )
     def test_anything_else_is_refused(self, url: str) -> None:
-        with pytest.raises(ValueError, match=r"."):
+        with pytest.raises(ValueError, match=r".") as refused:
             RedisUrl.parse(url)
+
+        assert "secret" not in str(refused.value)
 
     def test_the_password_is_used_and_not_shown(self) -> None:
         parsed = RedisUrl.parse("redis://user:p%40ss@h")
@@ -473,10 +477,10 @@ class TestReplicasThatDie:
         monkeypatch.undo()
         exists = await living.get(session_id) is not None
 
-        clock.advance(LEASE_SECS + 20)
-        while (await living.cleanup_expired(10)).more:
-            pass
+        clock.advance(LEASE_SECS)
+        swept = await living.cleanup_expired(10)
 
+        assert (swept.expired, swept.closed) == (0, 0)
         assert await living.count_active() == exists
         assert await living.count_active_for_agent(AGENT) == exists
         page = await living.list_all(SessionFilter(AGENT, SessionStatus.ACTIVE), limit=9)
@@ -511,6 +515,100 @@ class TestReplicasThatDie:
         assert after.status is SessionStatus.CLOSED
         clock.advance(LEASE_SECS)
         assert isinstance(await living.create(new_id(), a_grant()), Admitted)
+
+    @pytest.mark.parametrize("step", range(5))
+    async def test_a_session_that_was_not_closed_counts_again(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+        step: int,
+    ) -> None:
+        dying, living = replicas
+        session = await opened(living)
+        self.die_at(dying, step, monkeypatch)
+        with pytest.raises(Died):
+            await dying.close(session.session_id)
+        monkeypatch.undo()
+
+        clock.advance(LEASE_SECS)
+        await living.cleanup_expired(10)
+
+        after = await living.get(session.session_id)
+        assert after is not None
+        active = after.status is SessionStatus.ACTIVE
+        assert await living.count_active() == active
+        assert await living.count_active_for_agent(AGENT) == active
+        refused = await living.create(new_id(), a_grant())
+        assert isinstance(refused, Denied) == active
+
+    async def test_the_indexes_live_as_long_as_a_session_nobody_confirmed(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        dying, living = replicas
+        week = 7 * 24 * 3600
+        self.die_at(dying, 3, monkeypatch)
+        with pytest.raises(Died):
+            await dying.create(new_id(), a_grant(time_limit_secs=week))
+        monkeypatch.undo()
+        clock.advance(LEASE_SECS)
+        await living.cleanup_expired(10)
+
+        for key in (*single().client.keys("*:open"), *single().client.keys("*:sessions")):
+            assert single().client.ttl(key) > week
+
+    async def test_a_session_closed_before_its_creation_is_repeated_stays_closed(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        dying, living = replicas
+        session_id = new_id()
+        self.die_at(dying, 3, monkeypatch)
+        with pytest.raises(Died):
+            await dying.create(session_id, a_grant(), KEY)
+        monkeypatch.undo()
+        assert await living.close_sessions_for_agent(AGENT) == 1
+
+        again = await living.create(new_id(), a_grant(), KEY)
+
+        assert isinstance(again, Admitted)
+        assert again.session.session_id == session_id
+        assert again.session.status is SessionStatus.ACTIVE
+        assert await living.count_active_for_agent(AGENT) == 0
+        page = await living.list_all(SessionFilter(AGENT), limit=9)
+        assert [each.status for each in page.sessions] == [SessionStatus.CLOSED]
+        assert isinstance(await living.create(new_id(), a_grant()), Admitted)
+
+    async def test_a_sweep_that_looked_too_early_does_not_lose_a_session(
+        self,
+        replicas: tuple[RedisStore, RedisStore],
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        sweeping, living = replicas
+        self.die_at(sweeping, 2, monkeypatch)
+        with pytest.raises(Died):
+            await sweeping.create(new_id(), a_grant(), KEY)
+        monkeypatch.undo()
+        clock.advance(LEASE_SECS)
+        look = sweeping._sessions.sweep
+
+        async def look_and_wait(session_ids: list[str]) -> list[list[Any]]:
+            found = await look(session_ids)
+            # Just then the client comes again.
+            with pytest.raises(StoreUnavailable):
+                await living.create(new_id(), a_grant(), KEY)
+            return found
+
+        monkeypatch.setattr(sweeping._sessions, "sweep", look_and_wait)
+        await sweeping.cleanup_expired(10)
+
+        assert (await living.list_all(SessionFilter(), limit=9)).sessions == []
+        assert await living.count_active_for_agent(AGENT) == 0
 
     async def test_a_replica_that_slept_does_not_write_a_session_nobody_knows(
         self,
@@ -550,6 +648,44 @@ class TestReplicas:
 
         admitted = [each.session for each in decisions if isinstance(each, Admitted)]
         assert sorted(each.calls_made for each in admitted) == list(range(1, 51))
+
+    async def test_the_kill_switch_reaches_very_many(self, server: Server) -> None:
+        store = await connected(server.url + PATIENTLY)
+        await asyncio.gather(*(opened(store) for _ in range(1001)))
+
+        assert await store.close_sessions_for_agent(AGENT) == 1001
+
+        assert await store.count_active_for_agent(AGENT) == await store.count_active() == 0
+        await store.aclose()
+
+    async def test_pages_go_on_whatever_language_the_engine_speaks(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
+        server = Server()
+        store = await connected(server.url)
+        made = [(await opened(store)).session_id for _ in range(3)]
+        found, cursor = [], None
+        for _ in made:
+            page = await store.list_all(SessionFilter(), limit=1, cursor=cursor)
+            found += [each.session_id for each in page.sessions]
+            cursor = page.next_cursor
+        await store.aclose()
+        server.stop()
+
+        assert (sorted(found), cursor) == (sorted(made), None)
+
+    async def test_a_closed_session_is_swept_as_closed(self, server: Server) -> None:
+        store = await connected(server.url, retention_secs=0)
+        session = await opened(store)
+        await store.close(session.session_id)
+        # As the engine does by itself when its time comes.
+        server.client.delete(*server.client.keys(f"*:{session.session_id}*"))
+
+        swept = await store.cleanup_expired(10)
+        await store.aclose()
+
+        assert (swept.expired, swept.closed) == (0, 1)
 
     async def test_one_replica_sweeps_at_a_time(
         self, server: Server, clock: ManualClock
