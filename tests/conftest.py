@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -102,6 +102,15 @@ def no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
+
+
+@pytest.fixture
+def server() -> Iterator[engines.Server]:
+    """An engine of this test's own, to be done harm to."""
+    made = engines.Server()
+    yield made
+    made.resume()
+    made.stop()
 
 
 @pytest.fixture(params=STORES)

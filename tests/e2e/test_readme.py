@@ -49,3 +49,19 @@ def test_the_tour_prints_what_it_shows(start_service: StartService) -> None:
     printed = re.sub(r"(?<=[}])\$ ", "\n$ ", typed).rstrip("\n")
     assert len(commands) >= 7
     assert settled(printed) == settled(expected.rstrip("\n"))
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    table = re.findall(r"^\| .* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(?:tests/\S+/)?(test_\w+|Test\w+)", "\n".join(table)))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    written = {
+        name
+        for file in files
+        for name in re.findall(
+            r"^ *(?:async )?(?:def|class) (\w+)", file.read_text(), re.MULTILINE
+        )
+    } | {file.stem for file in files}
+
+    assert len(named) > 15
+    assert named - written == set()

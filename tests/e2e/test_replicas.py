@@ -25,14 +25,6 @@ MOST_OUTAGE_SECS = 5
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.resume()
-    made.stop()
-
-
-@pytest.fixture
 def cluster() -> Iterator[Cluster]:
     made = Cluster()
     yield made
