@@ -81,9 +81,11 @@ async def test_sweeps_come_at_their_interval_even_after_one_failed(
     assert "disk on fire" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("make_store", ["memory", "sqlite"], indirect=True)
 async def test_sessions_that_come_and_go_leave_no_memory_behind(
     make_store: MakeStore, clock: ManualClock
 ) -> None:
+    """In the stores that hold them, or decide about them, in this process alone."""
     store = await make_store(retention_secs=0)
     sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60)
 
