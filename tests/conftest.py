@@ -65,6 +65,9 @@ STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
 }
 """How each backend is made for a test, in a folder of its own. A new one is one more line."""
 
+HTTP_STORES = ["memory", "sqlite", "redis"]
+"""Over which HTTP is tested. A cluster differs below the contract only."""
+
 LANES = {"framework": False, "fast": True}
 
 DURABLE = ["sqlite", "redis", "cluster"]
@@ -168,7 +171,7 @@ class Api:
 MakeApi = Callable[..., Awaitable[Api]]
 
 
-@pytest.fixture(params=product(STORES, LANES), ids="-".join)
+@pytest.fixture(params=product(HTTP_STORES, LANES), ids="-".join)
 async def make_api(
     request: pytest.FixtureRequest,
     clock: ManualClock,
