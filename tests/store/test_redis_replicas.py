@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ class TestReplicasThatDie:
         await first.aclose()
         await second.aclose()
 
-    def die_at(self, store: RedisStore, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def die_at(
+        self,
+        store: RedisStore,
+        step: int,
+        doing: Awaitable[object],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         """Let the replica die before it sends its script number `step`."""
         sent, submit = 0, store._engine._submit
 
@@ -59,6 +65,9 @@ class TestReplicasThatDie:
             return submit(each)
 
         monkeypatch.setattr(store._engine, "_submit", submit_or_die)
+        with pytest.raises(Died):
+            await doing
+        monkeypatch.undo()
 
     @pytest.mark.parametrize("step", range(5))
     @pytest.mark.parametrize("key", [None, KEY])
@@ -72,10 +81,7 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         session_id = new_id()
-        self.die_at(dying, step, monkeypatch)
-        with pytest.raises(Died):
-            await dying.create(session_id, a_grant(), key)
-        monkeypatch.undo()
+        await self.die_at(dying, step, dying.create(session_id, a_grant(), key), monkeypatch)
 
         exists = await living.get(session_id) is not None
         assert await living.close_sessions_for_agent(AGENT) == exists
@@ -99,10 +105,7 @@ class TestReplicasThatDie:
         step: int,
     ) -> None:
         dying, living = replicas
-        self.die_at(dying, step, monkeypatch)
-        with pytest.raises(Died):
-            await dying.create(new_id(), a_grant(), KEY)
-        monkeypatch.undo()
+        await self.die_at(dying, step, dying.create(new_id(), a_grant(), KEY), monkeypatch)
 
         first = await living.create(new_id(), a_grant(), KEY)
         again = await living.create(new_id(), a_grant(), KEY)
@@ -122,10 +125,7 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         session_id = new_id()
-        self.die_at(dying, step, monkeypatch)
-        with pytest.raises(Died):
-            await dying.create(session_id, a_grant())
-        monkeypatch.undo()
+        await self.die_at(dying, step, dying.create(session_id, a_grant()), monkeypatch)
         exists = await living.get(session_id) is not None
 
         clock.advance(LEASE_SECS)
@@ -137,7 +137,7 @@ class TestReplicasThatDie:
         page = await living.list_all(SessionFilter(AGENT, SessionStatus.ACTIVE), limit=9)
         assert [each.session_id for each in page.sessions] == [session_id] * exists
 
-    @pytest.mark.parametrize("step", range(5))
+    @pytest.mark.parametrize("step", range(7))
     @pytest.mark.parametrize("how", ["close", "kill switch"])
     async def test_during_a_closing(
         self,
@@ -149,16 +149,11 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         session = await opened(living)
-        steps = {"close": 5, "kill switch": 4}[how]
-        self.die_at(dying, min(step, steps - 1), monkeypatch)
-        closing = (
-            dying.close(session.session_id)
-            if how == "close"
-            else dying.close_sessions_for_agent(AGENT)
-        )
-        with pytest.raises(Died):
-            await closing
-        monkeypatch.undo()
+        closing = {
+            "close": lambda: dying.close(session.session_id),
+            "kill switch": lambda: dying.close_sessions_for_agent(AGENT),
+        }
+        await self.die_at(dying, step, closing[how](), monkeypatch)
 
         await living.close_sessions_for_agent(AGENT)
         after = await living.get(session.session_id)
@@ -167,7 +162,7 @@ class TestReplicasThatDie:
         clock.advance(LEASE_SECS)
         assert isinstance(await living.create(new_id(), a_grant()), Admitted)
 
-    @pytest.mark.parametrize("step", range(5))
+    @pytest.mark.parametrize("step", range(7))
     async def test_a_session_that_was_not_closed_counts_again(
         self,
         replicas: tuple[RedisStore, RedisStore],
@@ -177,10 +172,7 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         session = await opened(living)
-        self.die_at(dying, step, monkeypatch)
-        with pytest.raises(Died):
-            await dying.close(session.session_id)
-        monkeypatch.undo()
+        await self.die_at(dying, step, dying.close(session.session_id), monkeypatch)
 
         clock.advance(LEASE_SECS)
         await living.cleanup_expired(10)
@@ -201,10 +193,9 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         week = 7 * 24 * 3600
-        self.die_at(dying, 3, monkeypatch)
-        with pytest.raises(Died):
-            await dying.create(new_id(), a_grant(time_limit_secs=week))
-        monkeypatch.undo()
+        await self.die_at(
+            dying, 3, dying.create(new_id(), a_grant(time_limit_secs=week)), monkeypatch
+        )
         clock.advance(LEASE_SECS)
         await living.cleanup_expired(10)
 
@@ -218,10 +209,7 @@ class TestReplicasThatDie:
     ) -> None:
         dying, living = replicas
         session_id = new_id()
-        self.die_at(dying, 3, monkeypatch)
-        with pytest.raises(Died):
-            await dying.create(session_id, a_grant(), KEY)
-        monkeypatch.undo()
+        await self.die_at(dying, 3, dying.create(session_id, a_grant(), KEY), monkeypatch)
         assert await living.close_sessions_for_agent(AGENT) == 1
 
         again = await living.create(new_id(), a_grant(), KEY)
@@ -241,10 +229,7 @@ class TestReplicasThatDie:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         sweeping, living = replicas
-        self.die_at(sweeping, 2, monkeypatch)
-        with pytest.raises(Died):
-            await sweeping.create(new_id(), a_grant(), KEY)
-        monkeypatch.undo()
+        await self.die_at(sweeping, 2, sweeping.create(new_id(), a_grant(), KEY), monkeypatch)
         clock.advance(LEASE_SECS)
         look = sweeping._sessions.sweep
 
