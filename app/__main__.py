@@ -21,14 +21,10 @@ from app import __version__
 from app.api.auth import Scope, new_key
 from app.domain.errors import StoreUnusable
 from app.main import create_app, create_framework
+from app.server.protocol import LimitedProtocol
 from app.settings import BadSettings, Settings, load_settings
 from app.store import UnknownStore, back_up
 
-GRACE_SECS = 20
-"""How long open requests may take to finish after SIGTERM. Without a bound, one client
-that has sent half a body would keep the process for good."""
-
-KEEP_ALIVE_SECS = 75
 BACKLOG = 2048
 
 
@@ -87,7 +83,7 @@ def _serve(_: argparse.Namespace) -> int:
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     if settings.workers > 1:
         return _serve_by_workers(settings, listening)
-    server = uvicorn.Server(server_config(create_app(settings)))
+    server = uvicorn.Server(server_config(create_app(settings), settings))
     # uvicorn stops in order and then raises the signal again: being told to stop is success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -102,25 +98,25 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
     with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
         os.environ["ARBITER_PORT"] = str(settings.port)
         os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
-        supervisor = Multiprocess(
-            server_config("app.main:app", settings.workers), sockets=[listening]
-        )
+        supervisor = Multiprocess(server_config("app.main:app", settings), sockets=[listening])
         supervisor.run()
     return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
 
 
-def server_config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
+def server_config(app: ASGIApp | str, settings: Settings) -> uvicorn.Config:
     """How uvicorn serves us: an application, or for several workers where it is."""
     return uvicorn.Config(
         app,
-        workers=workers,
+        workers=settings.workers,
+        http=LimitedProtocol,
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         # Nothing here depends on the address of the client.
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECS,
-        timeout_graceful_shutdown=GRACE_SECS,
+        timeout_graceful_shutdown=settings.shutdown_grace_secs,
     )
 
 

@@ -25,8 +25,11 @@ from app.domain.errors import StoreUnusable
 from app.garbage import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
+from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
 from app.observability.workers import SharedMetrics
+from app.server.drain import Drain
+from app.server.gate import Gate, Limits
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
@@ -45,12 +48,12 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     """The service without its fast lane, over `store` if one is given. The store is opened
     when the application starts, and closed when it stops."""
     configure_logs(settings.log_format, settings.log_level)
-    limits = StoreLimits(
+    store_limits = StoreLimits(
         retention_secs=settings.retention_secs,
         max_sessions=settings.max_sessions,
         max_active_sessions_per_agent=settings.max_active_sessions_per_agent,
     )
-    store = store or open_store(settings.store_url, limits)
+    store = store or open_store(settings.store_url, store_limits)
     metrics = Metrics()
     shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
     events = Events(metrics, log_admissions=settings.log_level == "debug")
@@ -58,9 +61,16 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
         settings.api_keys, allow_unauthenticated=settings.allow_unauthenticated
     )
     sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
+    service = SessionService(store, events, settings.max_time_limit_secs)
+    limits = Limits(
+        connections=settings.max_connections,
+        requests_in_flight=settings.max_requests_in_flight,
+        request_timeout_secs=settings.request_timeout_secs,
+        keep_alive_secs=settings.keep_alive_secs,
+    )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         log = get_logger()
         await _open(store)
         try:
@@ -71,13 +81,17 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 authentication="on" if authenticator.enabled else "off",
                 version=__version__,
             )
-            with short_pauses():
+            gate = Gate(metrics, limits)
+            drain = Drain(gate, service, settings.shutdown_delay_secs)
+            with short_pauses(), drain.upon_sigterm():
                 tasks = [
                     asyncio.create_task(sweeper.run(), name="sweeper"),
                     asyncio.create_task(shared_metrics.run(), name="metrics"),
+                    asyncio.create_task(gate.run(), name="gate"),
+                    asyncio.create_task(watch_loop_lag(metrics), name="lag"),
                 ]
                 try:
-                    yield
+                    yield {"gate": gate}
                 finally:
                     for task in tasks:
                         task.cancel()
@@ -87,7 +101,6 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
             await store.aclose()
             log.info("stopped")
 
-    service = SessionService(store, events, settings.max_time_limit_secs)
     return build_application(service, authenticator, shared_metrics, lifespan)
 
 

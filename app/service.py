@@ -11,7 +11,7 @@ import uuid
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.errors import InvalidField
+from app.domain.errors import InvalidField, ShuttingDown
 from app.domain.session import (
     DEFAULT_TIME_LIMIT_SECS,
     DataSensitivity,
@@ -35,6 +35,7 @@ class SessionService:
         self._store = store
         self._events = events
         self._max_time_limit_secs = max_time_limit_secs
+        self._retiring = False
 
     async def create_session(
         self,
@@ -123,8 +124,15 @@ class SessionService:
         self._events.agent_closed(agent_id, closed)
         return closed
 
+    def retire(self) -> None:
+        """Go on serving, but say that this process is not ready for more."""
+        self._retiring = True
+
     async def ready(self) -> None:
-        """Return if requests can be served; raise `StoreUnavailable` if not."""
+        """Return if requests can be served; raise `StoreUnavailable` or `ShuttingDown` if
+        not."""
+        if self._retiring:
+            raise ShuttingDown
         await self._store.ping()
 
     async def count_active(self) -> int:

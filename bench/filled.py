@@ -57,7 +57,8 @@ def main() -> None:
     asked = random.sample(ids, min(sessions, ASKED))
     paths.write_text("".join(f"/sessions/{each}/calls\n" for each in asked))
     framework = create_framework(settings, store)
-    config = server_config(FastLane(framework) if settings.fast_lane else framework)
+    app = FastLane(framework) if settings.fast_lane else framework
+    config = server_config(app, settings)
     config.port = settings.port
     uvicorn.Server(config).run()
 

@@ -23,7 +23,7 @@ from app.domain.errors import ArbiterError
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
 _ROUTERS = (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate)
 

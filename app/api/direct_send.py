@@ -11,13 +11,23 @@ compare both byte for byte.
 
 from __future__ import annotations
 
-from starlette.types import Send
+from collections.abc import Callable
+from typing import Any
+
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from app.api.answers import Answer, Headers
 
+CLOSE = (b"connection", b"close")
 
-def send_directly(send: Send, answer: Answer, extra: Headers) -> bool:
+
+def encode_answer(answer: Answer, before: Headers, after: Headers) -> bytes:
+    """The bytes of an answer, with headers before and after its own."""
+    lines = map(b": ".join, (*before, *answer.headers, *after))
+    return b"%b%b\r\n\r\n%b" % (STATUS_LINE[answer.status], b"\r\n".join(lines), answer.body)
+
+
+def send_directly(send: Callable[..., Any], answer: Answer, extra: Headers) -> bool:
     """Write the answer with its headers and `extra`. False if nothing was written, and the
     answer has to be sent the ASGI way."""
     cycle = getattr(send, "__self__", None)
@@ -27,14 +37,15 @@ def send_directly(send: Send, answer: Answer, extra: Headers) -> bool:
         or cycle.disconnected
         or cycle.access_log
         or cycle.flow.write_paused
-        or not cycle.keep_alive
     ):
         return False
-    lines = map(b": ".join, (*cycle.default_headers, *answer.headers, *extra))
-    head = b"\r\n".join(lines)
+    if not cycle.keep_alive:
+        extra = [*extra, CLOSE]
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
-    cycle.transport.write(b"%b%b\r\n\r\n%b" % (STATUS_LINE[answer.status], head, answer.body))
+    cycle.transport.write(encode_answer(answer, cycle.default_headers, extra))
     cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
     cycle.on_response()
     return True

@@ -22,7 +22,9 @@ public = APIRouter(route_class=StrictRoute)
 operate = APIRouter(route_class=guarded(Scope.OPERATE))
 
 _OK = json_answer(200, b'{"status":"ok"}', [])
-_UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(ProblemCode.STORE_UNAVAILABLE)
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
+    ProblemCode.STORE_UNAVAILABLE, ProblemCode.SHUTTING_DOWN
+)
 
 
 # Health checkers use HEAD, which FastAPI does not answer on GET routes by itself.
@@ -42,7 +44,8 @@ async def livez() -> Response:
     responses=_UNAVAILABLE,
 )
 async def readyz(request: Request) -> Response:
-    """Whether requests can be served: the store answers. Needs no key."""
+    """Whether requests can be served: the store answers, and this process is not
+    about to stop. Needs no key."""
     await request.app.state.service.ready()
     return respond(_OK)
 

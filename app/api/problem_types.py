@@ -28,8 +28,12 @@ class ProblemCode(StrEnum):
     INSUFFICIENT_SCOPE = "insufficient_scope"
     STORE_UNAVAILABLE = "store_unavailable"
     OVERLOADED = "overloaded"
+    SHUTTING_DOWN = "shutting_down"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    MALFORMED_REQUEST = "malformed_request"
+    HEADERS_TOO_LARGE = "headers_too_large"
+    REQUEST_TIMEOUT = "request_timeout"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -181,11 +185,18 @@ PROBLEMS = {
     ),
     ProblemCode.OVERLOADED: ProblemType(
         503,
-        "Service full",
-        "The service holds as many sessions as it is configured to hold.",
-        "Wait Retry-After seconds and repeat the request. If it lasts, raise "
-        "ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter retention.",
+        "Service overloaded",
+        "The service has as many requests or connections as it takes; nothing was recorded.",
+        "Wait Retry-After seconds and repeat the request. If it lasts because there are too "
+        "many sessions, raise ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter "
+        "retention; if because too much is asked at once, add replicas.",
         "The service is busy just now; try again in a moment.",
+    ),
+    ProblemCode.SHUTTING_DOWN: ProblemType(
+        503,
+        "Shutting down",
+        "This process is about to stop; ask another one.",
+        "Load balancers send no new requests here. What has been begun is finished.",
     ),
     ProblemCode.NOT_FOUND: ProblemType(
         404,
@@ -199,6 +210,25 @@ PROBLEMS = {
         "Method not allowed",
         "This path does not take this method; the Allow header lists those it takes.",
         "See /openapi.json or /docs.",
+    ),
+    ProblemCode.MALFORMED_REQUEST: ProblemType(
+        400,
+        "Not a valid HTTP request",
+        "What was sent is not an HTTP request that can be understood in one way only.",
+        "Send HTTP/1.1 (RFC 9112) with exactly one Host, and a body with either one "
+        "Content-Length or Transfer-Encoding: chunked. HTTPS and HTTP/2 need a reverse proxy.",
+    ),
+    ProblemCode.HEADERS_TOO_LARGE: ProblemType(
+        431,
+        "Headers too large",
+        "A request may have at most 64 header fields, and 16384 bytes before its body.",
+        "Send fewer or shorter headers, or a shorter path.",
+    ),
+    ProblemCode.REQUEST_TIMEOUT: ProblemType(
+        408,
+        "Request too slow",
+        "The request did not arrive in time; nothing was recorded.",
+        "Send the whole request at once. The time is ARBITER_REQUEST_TIMEOUT_SECS.",
     ),
     ProblemCode.INTERNAL_ERROR: ProblemType(
         500,

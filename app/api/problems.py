@@ -10,7 +10,13 @@ from pydantic_core import to_json
 from app.api.answers import Answer, Headers, has_rate_headers, rate_headers
 from app.api.problem_types import DO_NOT_RETRY, PROBLEMS, ProblemCode, problem_type_path
 from app.domain.admission import NO_SESSION, Denied, NextAction, Violation
-from app.domain.errors import ArbiterError, InvalidField, Overloaded, StoreUnavailable
+from app.domain.errors import (
+    ArbiterError,
+    InvalidField,
+    Overloaded,
+    ShuttingDown,
+    StoreUnavailable,
+)
 
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
 _SHOULD_RETRY = b"x-should-retry"
@@ -41,7 +47,9 @@ def refused_answer(refused: Refused, request_id: str) -> Answer:
     """The answer to a request that was refused before the service was asked."""
     if refused.code is ProblemCode.SESSION_NOT_FOUND:
         return denied_answer(NO_SESSION, request_id)
-    extra = {} if refused.errors is None else {"errors": refused.errors}
+    extra: dict[str, Any] = {} if refused.errors is None else {"errors": refused.errors}
+    if refused.code is ProblemCode.OVERLOADED:
+        extra = _TRANSIENT
     return _answer(refused.code, request_id, refused.detail, extra, refused.headers)
 
 
@@ -57,6 +65,8 @@ def error_answer(error: ArbiterError, request_id: str) -> Answer:
             return _answer(ProblemCode.STORE_UNAVAILABLE, request_id, None, _TRANSIENT, [])
         case Overloaded():
             return _answer(ProblemCode.OVERLOADED, request_id, str(error), _TRANSIENT, [])
+        case ShuttingDown():
+            return _answer(ProblemCode.SHUTTING_DOWN, request_id, None, _TRANSIENT, [])
     raise error
 
 

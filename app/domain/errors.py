@@ -6,7 +6,8 @@ error means that the service could not decide.
     ├── StoreUnusable       the store cannot be opened as it is configured; at start only
     └── TransientError      trying again may help; nothing was recorded
         ├── StoreUnavailable
-        └── Overloaded
+        ├── Overloaded
+        └── ShuttingDown
 
 The docstring of a class is its default message.
 """
@@ -45,3 +46,7 @@ class StoreUnavailable(TransientError):
 
 class Overloaded(TransientError):
     """The service holds as many sessions as it is configured to hold."""
+
+
+class ShuttingDown(TransientError):
+    """This process is about to stop; ask another one."""

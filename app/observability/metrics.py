@@ -24,6 +24,7 @@ from app import __version__
 
 REQUEST_BUCKETS_SECS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 SWEEP_BUCKETS_SECS = (0.001, 0.01, 0.1, 1.0, 10.0)
+LAG_BUCKETS_SECS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
 class Histogram:
@@ -65,6 +66,10 @@ class Counts(msgspec.Struct):
     ended: dict[str, int]
     requests: list[tuple[str, str, int, list[int], float]]
     sweeps: tuple[list[int], float]
+    refused: dict[str, int]
+    loop_lag: tuple[list[int], float]
+    connections: int
+    requests_in_flight: int
 
 
 class Metrics:
@@ -76,6 +81,10 @@ class Metrics:
         self.ended: dict[str, int] = {"closed": 0, "agent_closed": 0, "expired": 0}
         self.requests: dict[tuple[str, str, int], Histogram] = {}
         self.sweeps = Histogram(SWEEP_BUCKETS_SECS)
+        self.refused: defaultdict[str, int] = defaultdict(int)
+        self.loop_lag = Histogram(LAG_BUCKETS_SECS)
+        self.connections = 0
+        self.requests_in_flight = 0
 
     def request(self, method: str, route: str, status: int) -> Histogram:
         """The durations of requests to `route`, a path template, that ended in `status`."""
@@ -94,6 +103,10 @@ class Metrics:
             self.ended,
             [(*labels, each.counts, each.total) for labels, each in self.requests.items()],
             (self.sweeps.counts, self.sweeps.total),
+            self.refused,
+            (self.loop_lag.counts, self.loop_lag.total),
+            self.connections,
+            self.requests_in_flight,
         )
 
     def add(self, counts: Counts) -> None:
@@ -106,6 +119,11 @@ class Metrics:
         for method, route, status, buckets, total in counts.requests:
             self.request(method, route, status).add(buckets, total)
         self.sweeps.add(*counts.sweeps)
+        for reason, count in counts.refused.items():
+            self.refused[reason] += count
+        self.loop_lag.add(*counts.loop_lag)
+        self.connections += counts.connections
+        self.requests_in_flight += counts.requests_in_flight
 
     def render(self, active_sessions: int | None) -> bytes:
         """The text of a scrape; `None` says that the store does not answer."""
@@ -155,6 +173,28 @@ class Metrics:
                 (method, route, str(status)), durations.cumulative(), durations.total
             )
         yield requests
+        refused = CounterMetricFamily(
+            "arbiter_http_refused",
+            "Requests refused before they reached a route, by the code of the problem.",
+            labels=("code",),
+        )
+        for code, count in self.refused.items():
+            refused.add_metric((code,), count)
+        yield refused
+        yield GaugeMetricFamily(
+            "arbiter_http_connections", "Open connections.", self.connections
+        )
+        yield GaugeMetricFamily(
+            "arbiter_http_requests_in_flight",
+            "Requests being served.",
+            self.requests_in_flight,
+        )
+        lag = HistogramMetricFamily(
+            "arbiter_event_loop_lag_seconds",
+            "How much later than asked for the event loop woke up, four times a second.",
+        )
+        lag.add_metric((), self.loop_lag.cumulative(), self.loop_lag.total)
+        yield lag
         build = GaugeMetricFamily("arbiter_build_info", "The version.", labels=("version",))
         build.add_metric((__version__,), 1)
         yield build

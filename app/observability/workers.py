@@ -54,6 +54,9 @@ class SharedMetrics:
                 get_logger().warning("counts cannot be read", file=file.name)
                 continue
             if counts.version == __version__:
+                if not _is_running(file.name.partition("-")[0]):
+                    # What it counted stays; what it held at the moment went with it.
+                    counts.connections = counts.requests_in_flight = 0
                 found.append(counts)
         return found
 
@@ -82,3 +85,11 @@ class SharedMetrics:
             self.publish()
         except OSError as error:
             get_logger().warning("counts cannot be shared", reason=error.strerror)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    return True
