@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from app.store.redis_url import RedisUrl
 from app.store.sqlite import SqliteStore
 from app.store.sqlite_file import Location
 from tests import engines
+from tests.services import Service, StartService, running
 from tests.support import ManualClock, session_request
 
 
@@ -114,6 +116,24 @@ def server() -> Iterator[engines.Server]:
     yield made
     made.resume()
     made.stop()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """For servers that cannot be asked which port they took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def start_service() -> Iterator[StartService]:
+    with ExitStack() as stack:
+
+        def start(**variables: str) -> Service:
+            return stack.enter_context(running(**variables))
+
+        yield start
 
 
 @pytest.fixture(params=STORES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import httptools
 from typing_extensions import override
@@ -43,12 +43,9 @@ _VERSIONS = frozenset({"1.0", "1.1"})
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
 
 
-class _Refusal(Exception):
-    """Ends the parsing. The code says why."""
-
-    def __init__(self, code: ProblemCode, detail: str | None = None) -> None:
-        super().__init__(code)
-        self.refused = Refused(code, detail)
+class _StopParsing(Exception):
+    """Raised through the parser. Says nothing itself: whoever kept it would keep its frames,
+    and with them what was read, until some garbage collection."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -68,6 +65,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.deadline = math.inf
         self._invited = False
         self._running: RequestResponseCycle | None = None
+        self._reason: Refused | None = None
         self._refused: Refused | None = None
         # The message that is being received.
         self._receiving = self._in_head = False
@@ -104,14 +102,8 @@ class LimitedProtocol(HttpToolsProtocol):
             # Not offered, so passed over (RFC 9110, section 7.8). What follows cannot be
             # parsed any more, and the answer ends the connection.
             self.flow.pause_reading()
-        except httptools.HttpParserError as error:
-            cause = error.__context__
-            if isinstance(cause, _Refusal):
-                self._refuse(cause.refused)
-            else:
-                self._refuse(Refused(ProblemCode.MALFORMED_REQUEST))
-        except _Refusal as refusal:
-            self._refuse(refusal.refused)
+        except (httptools.HttpParserError, _StopParsing):
+            self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
 
     @override
     def pause_writing(self) -> None:
@@ -146,21 +138,21 @@ class LimitedProtocol(HttpToolsProtocol):
             self._watch(name, value)
         self.headers.append((name, value))
         if len(self.headers) > MAX_HEADER_FIELDS:
-            raise _Refusal(ProblemCode.HEADERS_TOO_LARGE)
+            self._stop(ProblemCode.HEADERS_TOO_LARGE)
 
     def _watch(self, name: bytes, value: bytes) -> None:
         match name:
             case b"host":
                 self._hosts += 1
                 if not _HOST.fullmatch(value):
-                    raise _Refusal(ProblemCode.MALFORMED_REQUEST, "The Host is not valid.")
+                    self._stop(ProblemCode.MALFORMED_REQUEST, "The Host is not valid.")
             case b"content-length":
                 # The parser has seen to it that this is one number.
                 if int(value) > MAX_BODY_BYTES:
-                    raise _Refusal(ProblemCode.PAYLOAD_TOO_LARGE)
+                    self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
             case b"transfer-encoding":
                 if value.strip().lower() != b"chunked":
-                    raise _Refusal(
+                    self._stop(
                         ProblemCode.MALFORMED_REQUEST,
                         "The only Transfer-Encoding that is understood is: chunked",
                     )
@@ -175,18 +167,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         version = self.parser.get_http_version()
         if self._hosts != 1 and not (version == "1.0" and self._hosts == 0):
-            raise _Refusal(
+            self._stop(
                 ProblemCode.MALFORMED_REQUEST, "Send exactly one Host (RFC 9112, section 3.2)."
             )
         if version not in _VERSIONS or (self._chunked_bytes is not None and version == "1.0"):
-            raise _Refusal(ProblemCode.MALFORMED_REQUEST)
+            self._stop(ProblemCode.MALFORMED_REQUEST)
         self._check_head_size()
         if self._upgrades:
             self._upgrades = self.parser.should_upgrade()
         super().on_headers_complete()
 
     def _check_head_size(self) -> None:
-        """Raises `_Refusal` if the head is too large, as far as it has come."""
+        """Stops the parsing if the head is too large, as far as it has come."""
         if self._head_read_bytes <= MAX_HEAD_BYTES:
             return
         # The reads hold more than this head. Its fields count as far as they are complete,
@@ -197,14 +189,19 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._in_head:
             size = max(size, self._head_read_bytes - self._first_read_bytes)
         if size > MAX_HEAD_BYTES:
-            raise _Refusal(ProblemCode.HEADERS_TOO_LARGE)
+            self._stop(ProblemCode.HEADERS_TOO_LARGE)
+
+    def _stop(self, code: ProblemCode, detail: str | None = None) -> NoReturn:
+        """Refuse what is being received."""
+        self._reason = Refused(code, detail)
+        raise _StopParsing
 
     @override
     def on_body(self, body: bytes) -> None:
         if self._chunked_bytes is not None:
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
-                raise _Refusal(ProblemCode.PAYLOAD_TOO_LARGE)
+                self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
         super().on_body(body)
 
     @override
@@ -313,6 +310,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._gate.metrics.refused[refused.code] += 1
         self._refused = refused
         self.flow.pause_reading()
+        # They may hold a whole read of what is too large.
+        self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
         message, running = self.cycle, self._running
         if message is not None and message.more_body:
             # It is the body of this message that is refused.
@@ -323,6 +322,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
             else:
                 running.disconnected = True
+                running.body = bytearray()
                 running.message_event.set()
                 self._running = None
         if not self._is_busy():

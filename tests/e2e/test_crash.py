@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Service, StartService
+from tests.services import Service, StartService
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, StartService
+from tests.services import ROOT, StartService
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
 from app.api.auth import Scope, new_key
-from tests.e2e.conftest import ROOT, StartService
+from tests.services import ROOT, StartService
 from tests.support import AGENT
 
 pytestmark = pytest.mark.anyio

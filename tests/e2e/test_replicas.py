@@ -13,8 +13,8 @@ import pytest
 
 from tests import engines
 from tests.conftest import PATIENTLY
-from tests.e2e.conftest import Service, StartService
 from tests.engines import Cluster, Server
+from tests.services import Service, StartService
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from app.store import scheme_of
-from tests.e2e.conftest import ROOT, Service, StartService
+from tests.services import ROOT, Service, StartService
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio

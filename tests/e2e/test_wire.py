@@ -10,7 +10,7 @@ import socket
 import httpx
 import pytest
 
-from tests.e2e.conftest import Service, StartService
+from tests.services import Service, StartService
 from tests.support import session_request
 
 LAST = (

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.conftest import PATIENTLY
-from tests.e2e.conftest import ROOT, Service, StartService
 from tests.engines import single
+from tests.services import ROOT, Service, StartService
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 START_SECS = 30
 
 
@@ -28,10 +27,36 @@ class Service:
         self.url = ""
         self.log: list[str] = []
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=START_SECS)
+
+    def exchange(self, *sent: bytes) -> bytes:
+        """Everything that comes back on one connection, until it ends, to what is sent in
+        pieces."""
+        with self.connect() as connection:
+            with suppress(ConnectionError):
+                for piece in sent:
+                    connection.sendall(piece)
+            return received_on(connection)
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.terminate()
         return self.process.wait(timeout=30)
+
+
+def received_on(connection: socket.socket) -> bytes:
+    """Everything that comes until the connection ends, by whichever way."""
+    received = b""
+    with suppress(ConnectionError):
+        while chunk := connection.recv(65_536):
+            received += chunk
+    return received
 
 
 @contextmanager
@@ -76,21 +101,3 @@ def running(**variables: str) -> Iterator[Service]:
 
 
 StartService = Callable[..., Service]
-
-
-@pytest.fixture
-def free_port() -> int:
-    """For servers that cannot be asked which port they took."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def start_service() -> Iterator[StartService]:
-    with ExitStack() as stack:
-
-        def start(**variables: str) -> Service:
-            return stack.enter_context(running(**variables))
-
-        yield start

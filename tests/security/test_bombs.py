@@ -1,0 +1,177 @@
+"""Requests that are small to send and large to hold: they are refused as soon as they are
+too large, and leave no memory behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.api.strict import MAX_BODY_BYTES
+from tests.services import Service
+from tests.support import session_request
+
+MEBIBYTE = 2**20
+TIMES = 16
+POST = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+GET = b"GET /livez HTTP/1.1\r\nHost: a\r\n"
+
+
+def forever(piece: bytes, total: int = MEBIBYTE) -> list[bytes]:
+    """`piece` again and again, in writes of 64 KiB."""
+    written = piece * (65_536 // len(piece) + 1)
+    return [written] * (total // len(written))
+
+
+def in_chunks(body: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+BOMBS: dict[str, tuple[int, Callable[[], Iterable[bytes]]]] = {
+    "a request line without end": (431, lambda: [b"GET /", *forever(b"a")]),
+    "a query without end": (431, lambda: [b"GET /sessions?cursor=", *forever(b"a")]),
+    "a header's name without end": (431, lambda: [GET, *forever(b"a")]),
+    "a header's value without end": (431, lambda: [GET, b"X: ", *forever(b"a")]),
+    "headers without end": (431, lambda: [GET, *forever(b"X: a\r\n")]),
+    "65 headers": (431, lambda: [GET, b"X: a\r\n" * 64, b"\r\n"]),
+    "16 KiB of headers": (431, lambda: [GET, b"X: ", b"a" * 16_384, b"\r\n\r\n"]),
+    "a body of 4 GiB, announced": (413, lambda: [POST, b"Content-Length: 4294967296\r\n\r\n"]),
+    "a body of one byte too many, announced": (
+        413,
+        lambda: [POST, b"Content-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)],
+    ),
+    "a body announced and sent": (
+        413,
+        lambda: [POST, b"Content-Length: 4000000\r\n\r\n", *forever(b"[")],
+    ),
+    "a body that asks first": (
+        413,
+        lambda: [POST, b"Expect: 100-continue\r\nContent-Length: 70000\r\n\r\n"],
+    ),
+    "chunks without end": (
+        413,
+        lambda: [POST, b"Transfer-Encoding: chunked\r\n\r\n", *forever(in_chunks(b"[" * 1000))],
+    ),
+    "one chunk without end": (
+        413,
+        lambda: [POST, b"Transfer-Encoding: chunked\r\n\r\nffffff\r\n", *forever(b"[")],
+    ),
+    "a body where none belongs": (
+        413,
+        lambda: [
+            b"DELETE /sessions/x HTTP/1.1\r\nHost: a\r\nContent-Length: 70000\r\n\r\n",
+            *forever(b"["),
+        ],
+    ),
+}
+"""The status that each gets, and the pieces in which it is sent."""
+
+
+def resident_bytes(service: Service) -> int:
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.mark.parametrize(("status", "pieces"), BOMBS.values(), ids=BOMBS)
+def test_what_is_too_large_is_refused_and_leaves_no_memory_behind(
+    service: Service, status: int, pieces: Callable[[], Iterable[bytes]]
+) -> None:
+    # Once, for what the first of its kind loads.
+    service.exchange(*pieces())
+    before = resident_bytes(service)
+
+    answers = [service.exchange(*pieces()) for _ in range(TIMES)]
+
+    assert resident_bytes(service) - before < MEBIBYTE
+    for answer in answers:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert b"connection: close" in head
+        assert b"100 Continue" not in head
+        problem = json.loads(body)
+        code = {431: "headers_too_large", 413: "payload_too_large"}[status]
+        assert (problem["status"], problem["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        GET + b"X: " + b"a" * 16_300 + b"\r\n\r\n",
+        GET + b"X: a\r\n" * 63 + b"\r\n",
+        GET
+        + b"X: a\r\n" * 62
+        + b"Connection: close\r\n\r\n"
+        + GET
+        + b"X: a\r\n" * 63
+        + b"\r\n",
+    ],
+    ids=["16 KiB", "64 headers", "the first of two"],
+)
+def test_what_is_just_not_too_large_is_served(service: Service, head: bytes) -> None:
+    last = GET + b"Connection: close\r\n\r\n"
+
+    assert service.exchange(head, last).startswith(b"HTTP/1.1 200 ")
+
+
+def test_many_requests_at_once_are_no_large_head(service: Service) -> None:
+    last = GET + b"Connection: close\r\n\r\n"
+    many = (GET + b"\r\n") * 1000
+
+    assert (
+        service.exchange(many + GET[:10], GET[10:] + b"\r\n" + last).count(b" 200 OK") == 1002
+    )
+
+
+NESTED = {
+    "arrays": lambda depth: b"[" * depth + b"]" * depth,
+    "objects": lambda depth: b'{"a":' * depth + b"1" + b"}" * depth,
+    "arrays without end": lambda depth: b"[" * depth,
+    "in a field": lambda depth: (
+        b'{"tool_names":' + b"[" * (depth // 2) + b"]" * (depth // 2) + b"}"
+    ),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("depth", [100_000, 8_000], ids=["100000", "8000"])
+def test_nested_json_is_refused(
+    service: Service, session_id: str, nested: Callable[[int], bytes], depth: int
+) -> None:
+    body = nested(depth)
+    answer = httpx.post(
+        f"{service.url}/sessions/{session_id}/batch",
+        content=body,
+        headers={"content-type": "application/json"},
+    )
+
+    expected = {True: 413, False: 400}[len(body) > MAX_BODY_BYTES]
+    assert answer.status_code == expected
+    assert httpx.get(f"{service.url}/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"9" * 60_000, b"1e999999999", b'{"a":' + b"1" * 5000 + b"}", b'"' + b"\\u0000" * 10_000],
+    ids=["digits", "an exponent", "digits in a field", "escapes"],
+)
+def test_large_json_values_are_refused(service: Service, body: bytes) -> None:
+    answer = httpx.post(
+        f"{service.url}/sessions", content=body, headers={"content-type": "application/json"}
+    )
+
+    assert answer.status_code in {400, 422}
+
+
+def test_a_large_session_is_not_too_large(service: Service) -> None:
+    tools = [f"{'t' * 120}{index:03}" for index in range(256)]
+    created = httpx.post(
+        f"{service.url}/sessions", json=session_request(authorized_tools=tools)
+    )
+
+    assert created.status_code == 201

@@ -1,0 +1,196 @@
+"""Clients that stop in the middle. The service is told to wait for half a second only, and
+what is waited for here is that it ends the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import httpx
+import pytest
+
+from tests.services import Service, StartService, received_on, running
+from tests.support import session_request
+
+HEAD = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+QUICK = {"ARBITER_REQUEST_TIMEOUT_SECS": "0.5", "ARBITER_KEEP_ALIVE_SECS": "0.5"}
+ANSWERED = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+HALF_SENT = {
+    "nothing": (b"", []),
+    "an empty line": (b"\r\n", []),
+    "half a request line": (b"POST /sess", [408]),
+    "half a header": (HEAD[:-8], [408]),
+    "headers without their end": (HEAD, [408]),
+    "a head without its body": (HEAD + b"Content-Length: 99\r\n\r\n", [408]),
+    "half a body": (HEAD + b"Content-Length: 99\r\n\r\n{", [408]),
+    "half a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{", [408]),
+    "chunks without their end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", [408]),
+    "a whole request and silence": (ANSWERED, [200]),
+    "a whole request and half of another": (ANSWERED + b"GET /", [200, 408]),
+    "a refused request whose body never comes": (
+        b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+        [404],
+    ),
+}
+"""What is sent, and the statuses that come before the connection ends."""
+
+
+def gauge(service: Service, name: str) -> float:
+    """The metric, as it is while one more connection asks for it."""
+    text = httpx.get(f"{service.url}/metrics", timeout=30).text
+    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+@contextmanager
+def connections(service: Service, number: int, sent: bytes = b"") -> Iterator[None]:
+    with ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(service.connect()).sendall(sent)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[Service]:
+    with running(**QUICK) as service:
+        yield service
+
+
+@pytest.mark.parametrize(("sent", "statuses"), HALF_SENT.values(), ids=HALF_SENT)
+def test_what_is_half_sent_is_ended(quick: Service, sent: bytes, statuses: list[int]) -> None:
+    received = quick.exchange(sent)
+
+    assert [int(each) for each in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)] == statuses
+
+
+def test_the_answer_to_what_is_half_sent_is_a_problem(quick: Service) -> None:
+    received = quick.exchange(HEAD + b"X-Request-Id: mine\r\nContent-Length: 99\r\n\r\n{")
+
+    head, _, body = received.partition(b"\r\n\r\n")
+    problem = httpx.Response(408, content=body).json()
+    assert b"content-type: application/problem+json" in head
+    assert (problem["code"], problem["request_id"]) == ("request_timeout", "mine")
+
+
+@pytest.mark.parametrize(
+    "piece", [b"\r\n", b"X: y\r\n"], ids=["empty lines in front", "headers without end"]
+)
+def test_sending_a_little_now_and_then_wins_no_time(quick: Service, piece: bytes) -> None:
+    with quick.connect() as connection:
+        connection.sendall(b"" if piece == b"\r\n" else HEAD)
+        connection.settimeout(0.05)
+        ended = False
+        for _ in range(200):
+            try:
+                connection.sendall(piece)
+                ended = connection.recv(65_536) == b""
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                ended = True
+            if ended:
+                break
+
+    assert ended
+
+
+def test_a_client_that_does_not_read_is_ended(quick: Service) -> None:
+    """Its answers would fill the memory: here some twenty megabytes of them."""
+    with quick.connect() as connection:
+        connection.settimeout(2)
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n"
+        with suppress(ConnectionError, TimeoutError):
+            for _ in range(100_000):
+                connection.sendall(request * 100)
+        connection.settimeout(30)
+        # What had been sent before the end is still there; then it ends.
+        received = received_on(connection)
+
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert gauge(quick, "arbiter_http_requests_in_flight") == 1
+
+
+@pytest.mark.anyio
+async def test_500_idle_connections_are_not_noticed_and_then_ended(
+    start_service: StartService,
+) -> None:
+    service = start_service(ARBITER_KEEP_ALIVE_SECS="2", ARBITER_REQUEST_TIMEOUT_SECS="2")
+    with connections(service, 250), connections(service, 250, HEAD):
+        async with httpx.AsyncClient(base_url=service.url, timeout=30) as client:
+            created = await client.post("/sessions", json=session_request(call_budget=99))
+            path = f"/sessions/{created.json()['session_id']}/calls"
+            calls = [client.post(path, json={"tool_name": "read_file"}) for _ in range(50)]
+            answers = await asyncio.gather(*calls)
+        assert {answer.status_code for answer in answers} == {200}
+        assert gauge(service, "arbiter_http_connections") > 500
+
+        # Nothing is closed from this side.
+        while gauge(service, "arbiter_http_connections") > 1:
+            pass
+
+
+CAP = 20
+
+
+@pytest.fixture
+def capped(start_service: StartService) -> Service:
+    return start_service(ARBITER_MAX_CONNECTIONS=str(CAP), ARBITER_REQUEST_TIMEOUT_SECS="60")
+
+
+@pytest.mark.parametrize("held", [CAP, CAP + 200], ids=["full", "flooded"])
+def test_when_all_places_are_taken_health_is_still_answered(capped: Service, held: int) -> None:
+    with connections(capped, held):
+        for path in ("/livez", "/readyz", "/healthz"):
+            assert httpx.get(f"{capped.url}{path}").status_code == 200
+            assert httpx.head(f"{capped.url}{path}").status_code == 200
+
+        refused = httpx.get(f"{capped.url}/sessions")
+
+    assert refused.status_code == 503
+    assert refused.json()["code"] == "overloaded"
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["connection"] == "close"
+
+
+def test_places_are_given_back(capped: Service) -> None:
+    with connections(capped, CAP + 5):
+        assert httpx.get(f"{capped.url}/sessions").status_code == 503
+
+    statuses = (httpx.get(f"{capped.url}/sessions").status_code for _ in range(1000))
+    assert 200 in statuses
+
+
+def test_idle_connections_make_room_when_most_places_are_taken(
+    start_service: StartService,
+) -> None:
+    service = start_service(ARBITER_MAX_CONNECTIONS=str(CAP))
+    with ExitStack() as stack:
+        idle = [stack.enter_context(service.connect()) for _ in range(CAP)]
+        for connection in idle:
+            connection.sendall(ANSWERED)
+
+        # Ended after two seconds, not after the 75 that idle connections have otherwise.
+        assert received_on(idle[0]).startswith(b"HTTP/1.1 200 ")
+
+
+def test_more_connections_than_files_is_said_at_the_start(start_service: StartService) -> None:
+    service = start_service(ARBITER_MAX_CONNECTIONS="10000000")
+
+    assert any("fewer open files" in line for line in service.log)
+
+
+def test_a_connection_that_is_reset_leaves_nothing_behind(quick: Service) -> None:
+    for sent in (b"", HEAD, HEAD + b"Content-Length: 99\r\n\r\n{", ANSWERED):
+        connection = quick.connect()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.sendall(sent)
+        connection.close()
+
+    while gauge(quick, "arbiter_http_connections") > 1:
+        pass
+    assert gauge(quick, "arbiter_http_requests_in_flight") == 1
