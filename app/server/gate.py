@@ -71,7 +71,7 @@ class Gate:
         self.keep_alive_secs = limits.keep_alive_secs
         self.draining = False
         """Whether the service is about to stop: every answer then ends its connection."""
-        self._limits = limits
+        self.max_requests_in_flight = limits.requests_in_flight
         self._max_connections = _room_for(limits.connections)
         self._sleep = sleep
         self._connections: set[Connection] = set()
@@ -97,15 +97,11 @@ class Gate:
         self._connections.discard(connection)
         self._surplus.pop(connection, None)
 
-    def has_room(self, method: str, path: str) -> bool:
-        """Whether one more request can be served without making the others wait too long."""
-        in_flight = self.metrics.requests_in_flight
-        if in_flight < self._limits.requests_in_flight or path in HEALTH_PATHS:
-            return True
-        return (
-            method == "DELETE"
-            and in_flight < self._limits.requests_in_flight + SURPLUS_CLOSINGS
-        )
+    def has_place(self, method: str) -> bool:
+        """Whether one more request with this method can be served without making the others
+        wait too long."""
+        surplus = SURPLUS_CLOSINGS if method == "DELETE" else 0
+        return self.metrics.requests_in_flight < self.max_requests_in_flight + surplus
 
     def reap(self, now: float) -> None:
         """End what is overdue at `now`, on the clock of the event loop."""

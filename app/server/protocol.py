@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import httptools
 from typing_extensions import override
-from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
+from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -39,6 +39,8 @@ LINGER_SECS = 1.0
 
 _FIELD_OVERHEAD = len(b": \r\n")
 _VERSIONS = frozenset({"1.0", "1.1"})
+_RARE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
+_PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 # A host, of any kind, and perhaps a port (RFC 9110, section 7.2).
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
 
@@ -49,9 +51,15 @@ class _StopParsing(Exception):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. `app_state["gate"]`, from the lifespan, is shared by all of them."""
+    """One connection. `app_state["gate"]`, from the lifespan, is shared by all of them.
+
+    All that is asked of every request stands in the parser's callbacks and is written for
+    speed; what is rare is told from the state that the parent keeps, when it is needed. A
+    message is being received while `cycle` is not its own yet, or wants more of its body.
+    """
 
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None until there is one
+    scope: HTTPScope | None  # type: ignore[assignment]  # the same
 
     def __init__(
         self,
@@ -62,17 +70,21 @@ class LimitedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._gate: Gate = app_state["gate"]
+        self._metrics = self._gate.metrics
         self.deadline = math.inf
-        self._invited = False
+        self._invited = True
+        self._ends = False
         self._running: RequestResponseCycle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._holds_place = False
         self._reason: Refused | None = None
         self._refused: Refused | None = None
-        # The message that is being received.
-        self._receiving = self._in_head = False
-        self._read_bytes = self._first_read_bytes = self._head_read_bytes = 0
-        self._hosts = 0
-        self._upgrades = False
+        self._valid_host = b""
         self._chunked_bytes: int | None = None
+        # Of a message that does not come in one read.
+        self._timed: HTTPScope | None = None
+        self._later_head_bytes = 0
+        self._large_read = False
 
     # What the transport tells.
 
@@ -80,24 +92,25 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._invited = self._gate.enter(self)
-        self.deadline = self.loop.time() + self._gate.request_timeout_secs
+        self._ends = not self._invited
+        self._set_deadline(self._gate.request_timeout_secs)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._gate.leave(self)
+        self._abandon()
 
     @override
     def data_received(self, data: bytes) -> None:
         if self._refused is not None:
             return
-        self._read_bytes = len(data)
-        if self._in_head:
-            self._head_read_bytes += len(data)
+        self._large_read = len(data) > MAX_HEAD_BYTES
         try:
             self.parser.feed_data(data)
-            if self._in_head:
-                self._check_head_size()
+            cycle = self.cycle
+            if cycle is None or cycle.more_body or cycle.scope is not self.scope:
+                self._on_part(len(data))
         except httptools.HttpParserUpgrade:
             # Not offered, so passed over (RFC 9110, section 7.8). What follows cannot be
             # parsed any more, and the answer ends the connection.
@@ -105,90 +118,92 @@ class LimitedProtocol(HttpToolsProtocol):
         except (httptools.HttpParserError, _StopParsing):
             self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
 
+    def _on_part(self, read_bytes: int) -> None:
+        """See to a message that has not come whole yet."""
+        in_head = self.scope is not None and not self._is_in_body()
+        if self.scope is not self._timed:
+            self._timed = self.scope
+            self._later_head_bytes = 0
+            self._set_deadline(self._gate.request_timeout_secs)
+        elif in_head:
+            self._later_head_bytes += read_bytes
+        if in_head:
+            self._check_head_size()
+
     @override
     def pause_writing(self) -> None:
         super().pause_writing()
         # A client that does not read its answers must not keep them in memory.
-        self.deadline = self.loop.time() + self._gate.request_timeout_secs
+        self._set_deadline(self._gate.request_timeout_secs)
 
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._set_deadline()
+        self._set_deadline(self._gate.request_timeout_secs)
 
     # What the parser tells.
 
     @override
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._receiving = self._in_head = True
-        self._first_read_bytes = self._head_read_bytes = self._read_bytes
-        self._hosts = 0
-        self._upgrades = False
-        self._chunked_bytes = None
-        self.deadline = self.loop.time() + self._gate.request_timeout_secs
-
-    @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            # Trailers are not merged into the headers (RFC 9110, section 6.5.1).
-            return
-        name = name.lower()
-        if name in _WATCHED:
-            self._watch(name, value)
-        self.headers.append((name, value))
-        if len(self.headers) > MAX_HEADER_FIELDS:
+        headers = self.headers
+        headers.append((name.lower(), value))
+        if len(headers) > MAX_HEADER_FIELDS:
             self._stop(ProblemCode.HEADERS_TOO_LARGE)
-
-    def _watch(self, name: bytes, value: bytes) -> None:
-        match name:
-            case b"host":
-                self._hosts += 1
-                if not _HOST.fullmatch(value):
-                    self._stop(ProblemCode.MALFORMED_REQUEST, "The Host is not valid.")
-            case b"content-length":
-                # The parser has seen to it that this is one number.
-                if int(value) > MAX_BODY_BYTES:
-                    self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
-            case b"transfer-encoding":
-                if value.strip().lower() != b"chunked":
-                    self._stop(
-                        ProblemCode.MALFORMED_REQUEST,
-                        "The only Transfer-Encoding that is understood is: chunked",
-                    )
-                self._chunked_bytes = 0
-            case b"expect":
-                self.expect_100_continue |= value.lower() == b"100-continue"
-            case b"upgrade":
-                self._upgrades = True
 
     @override
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        fields = dict(self.headers)
+        host = fields.get(b"host")
         version = self.parser.get_http_version()
-        if self._hosts != 1 and not (version == "1.0" and self._hosts == 0):
+        self._chunked_bytes = None
+        if (
+            len(fields) != len(self.headers)
+            or host != self._valid_host
+            or version != "1.1"
+            or not _RARE.isdisjoint(fields)
+        ):
+            self._check_fields(fields, host, version)
+        length = fields.get(b"content-length")
+        # The parser has seen to it that it is one number.
+        if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
+            self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
+        if self._large_read or self._timed is self.scope:
+            self._check_head_size()
+        super().on_headers_complete()
+        # Trailers are not merged into them (RFC 9110, section 6.5.1).
+        self.headers = []
+
+    def _check_fields(
+        self, fields: dict[bytes, bytes], host: bytes | None, version: str
+    ) -> None:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) != 1 and not (version == "1.0" and not hosts):
             self._stop(
                 ProblemCode.MALFORMED_REQUEST, "Send exactly one Host (RFC 9112, section 3.2)."
             )
-        if version not in _VERSIONS or (self._chunked_bytes is not None and version == "1.0"):
+        if host is not None and not _HOST.fullmatch(host):
+            self._stop(ProblemCode.MALFORMED_REQUEST, "The Host is not valid.")
+        self._valid_host = host or b""
+        coding = fields.get(b"transfer-encoding")
+        if coding is not None:
+            if coding.strip().lower() != b"chunked" or version == "1.0":
+                self._stop(
+                    ProblemCode.MALFORMED_REQUEST,
+                    "The only Transfer-Encoding that is understood is chunked, in HTTP/1.1.",
+                )
+            self._chunked_bytes = 0
+        if version not in _VERSIONS:
             self._stop(ProblemCode.MALFORMED_REQUEST)
-        self._check_head_size()
-        if self._upgrades:
-            self._upgrades = self.parser.should_upgrade()
-        super().on_headers_complete()
+        self.expect_100_continue = fields.get(b"expect", b"").lower() == b"100-continue"
+        self._ends = self._ends or self.parser.should_upgrade()
 
     def _check_head_size(self) -> None:
-        """Stops the parsing if the head is too large, as far as it has come."""
-        if self._head_read_bytes <= MAX_HEAD_BYTES:
-            return
-        # The reads hold more than this head. Its fields count as far as they are complete,
-        # and of one that is not, what came after the first read.
+        # A read holds more than this head. Its fields count as far as they are complete, and
+        # of one that is not, what came after the first read.
         size = len(self.url)
         for name, value in self.headers:
             size += len(name) + len(value) + _FIELD_OVERHEAD
-        if self._in_head:
-            size = max(size, self._head_read_bytes - self._first_read_bytes)
-        if size > MAX_HEAD_BYTES:
+        if max(size, self._later_head_bytes) > MAX_HEAD_BYTES:
             self._stop(ProblemCode.HEADERS_TOO_LARGE)
 
     def _stop(self, code: ProblemCode, detail: str | None = None) -> NoReturn:
@@ -202,97 +217,118 @@ class LimitedProtocol(HttpToolsProtocol):
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
                 self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
-        super().on_body(body)
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.body += body
+            cycle.message_event.set()
 
     @override
     def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._receiving = False
-        self._set_deadline()
+        cycle = self.cycle
+        if cycle is not None:
+            cycle.more_body = False
+            cycle.message_event.set()
+            if cycle.response_complete:
+                self._set_deadline(self._gate.keep_alive_secs)
 
     # What the application does.
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        gate = self._gate
-        if gate.draining or self._upgrades or not self._invited:
+        metrics, gate = self._metrics, self._gate
+        if gate.draining or self._ends:
             cycle.keep_alive = False
-        path = cycle.scope["path"]
-        # Pipelined requests wait for one another; only the first of them is turned away.
-        if cycle is self.cycle and not (
-            gate.has_room(cycle.scope["method"], path)
-            and (self._invited or path in HEALTH_PATHS)
-        ):
+        full = metrics.requests_in_flight >= gate.max_requests_in_flight
+        if (full or not self._invited) and not self._has_place(cycle):
             self._turn_away(cycle)
             return
-        gate.metrics.requests_in_flight += 1
-        super()._start_asgi_task(cycle, self._counted)
+        metrics.requests_in_flight += 1
+        self._holds_place = True
+        self._task = task = self.loop.create_task(cycle.run_asgi(app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
-    async def _counted(
-        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            # Here and not when the task is done, which the event loop tells a turn later,
-            # when it has read, and would have turned away, what came meanwhile.
-            self._gate.metrics.requests_in_flight -= 1
+    def _has_place(self, cycle: RequestResponseCycle) -> bool:
+        if cycle is not self.cycle:
+            # Pipelined requests wait for one another; only the first is turned away.
+            return True
+        method, path = cycle.scope["method"], cycle.scope["path"]
+        return path in HEALTH_PATHS or (self._invited and self._gate.has_place(method))
 
     def _turn_away(self, cycle: RequestResponseCycle) -> None:
         """Answer at once that there is too much to do."""
-        self._gate.metrics.refused[ProblemCode.OVERLOADED] += 1
-        request_id = _request_id(self.headers)
+        self._metrics.refused[ProblemCode.OVERLOADED] += 1
+        request_id = _request_id(cycle.scope)
         answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
         if not send_directly(cycle.send, answer, common_headers(request_id)):
             self.drop()
 
+    def _give_place_back(self, _: object = None) -> None:
+        if self._holds_place:
+            self._holds_place = False
+            self._metrics.requests_in_flight -= 1
+
+    def _abandon(self) -> None:
+        """Nobody waits any more. The request keeps its place until its work is done."""
+        if self._holds_place and self._task is not None:
+            self._task.add_done_callback(self._give_place_back)
+
     @override
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        # Here and not when the task is done, which the event loop tells a turn later, when it
+        # has read, and would have turned away, what came meanwhile.
+        self._give_place_back()
         if self.transport.is_closing():
-            self.deadline = self.loop.time() + LINGER_SECS
+            self._set_deadline(LINGER_SECS)
             return
-        if self._refused is None:
+        if self.flow.read_paused and self._refused is None:
             self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         elif self._refused is not None:
             self._write_refusal(self._refused)
-        else:
-            self._set_deadline()
+        elif not self._is_receiving():
+            self._set_deadline(self._gate.keep_alive_secs)
 
-    # Ends.
+    # States.
+
+    def _is_in_body(self) -> bool:
+        """Whether the head of the newest message is complete."""
+        return self.cycle is not None and self.cycle.scope is self.scope
+
+    def _is_receiving(self) -> bool:
+        if self.cycle is None or self.cycle.scope is not self.scope:
+            return self.scope is not None
+        return self.cycle.more_body
 
     def _is_busy(self) -> bool:
         return self._running is not None and not self._running.response_complete
 
-    def _set_deadline(self) -> None:
-        """The deadline when nothing is overdue by itself."""
-        if self._receiving or self._refused is not None:
-            return
-        if self._is_busy():
-            self.deadline = math.inf
-        else:
-            self.deadline = self.loop.time() + self._gate.keep_alive_secs
-
     def is_idle(self) -> bool:
         """Whether it waits for the next request."""
-        return not self._receiving and self._refused is None and not self._is_busy()
+        return not (self._is_busy() or self._is_receiving() or self._refused)
+
+    # Ends.
+
+    def _set_deadline(self, secs: float) -> None:
+        self.deadline = self.loop.time() + secs
 
     def overdue(self) -> None:
         """Be told that the deadline has passed."""
+        busy, receiving = self._is_busy(), self._is_receiving()
         if self.transport.is_closing() or self.flow.write_paused:
             self.transport.abort()
-        elif self._refused is not None or not self._receiving:
-            self.deadline = self.loop.time() + LINGER_SECS
-            self.transport.close()
-        elif self.flow.read_paused and self._is_busy():
-            # It is we who do not read: the requests before this one come first.
-            self.deadline = self.loop.time() + self._gate.request_timeout_secs
-        else:
+        elif self._refused is None and busy and (self.flow.read_paused or not receiving):
+            # It is we who take the time.
+            self._set_deadline(self._gate.request_timeout_secs)
+        elif self._refused is None and receiving:
             self._refuse(Refused(ProblemCode.REQUEST_TIMEOUT))
+        else:
+            self._set_deadline(LINGER_SECS)
+            self.transport.close()
 
     def drop(self) -> None:
         """Make room."""
@@ -302,12 +338,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         self._gate.draining = True
         # What is being received is still answered; its deadline sees to it.
-        if not self._receiving or self._is_busy():
+        if self._is_busy() or not self._is_receiving():
             super().shutdown()
 
     def _refuse(self, refused: Refused) -> None:
         """Answer with a problem, after what is being answered, and read no more."""
-        self._gate.metrics.refused[refused.code] += 1
+        self._metrics.refused[refused.code] += 1
         self._refused = refused
         self.flow.pause_reading()
         # They may hold a whole read of what is too large.
@@ -324,6 +360,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 running.disconnected = True
                 running.body = bytearray()
                 running.message_event.set()
+                self._abandon()
                 self._running = None
         if not self._is_busy():
             self._write_refusal(refused)
@@ -331,22 +368,20 @@ class LimitedProtocol(HttpToolsProtocol):
     def _write_refusal(self, refused: Refused) -> None:
         if self.transport.is_closing():
             return
-        request_id = _request_id(self.headers)
+        request_id = _request_id(self.scope)
         answer = refused_answer(refused, request_id)
         after = [*common_headers(request_id), CLOSE]
         self.transport.write(encode_answer(answer, self.server_state.default_headers, after))
         self._half_close()
 
     def _half_close(self) -> None:
-        self.deadline = self.loop.time() + LINGER_SECS
+        self._set_deadline(LINGER_SECS)
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
 
-_WATCHED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
-
-
-def _request_id(headers: list[tuple[bytes, bytes]] | None) -> str:
+def _request_id(scope: HTTPScope | None) -> str:
     """The id that the client sent, as far as its headers have come, or a new one."""
-    sent = [value for name, value in headers or () if name == REQUEST_ID]
+    headers = [] if scope is None else scope["headers"]
+    sent = [value for name, value in headers if name == REQUEST_ID]
     return accept_request_id(sent[0] if len(sent) == 1 else None)
