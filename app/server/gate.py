@@ -12,7 +12,7 @@ from typing import Protocol
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 
-HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+HEALTH_PATHS = frozenset({b"/livez", b"/readyz", b"/healthz"})
 """What is answered however much there is to do."""
 
 SURPLUS_CONNECTIONS = 64
@@ -36,7 +36,7 @@ class Limits:
     """What a process takes upon itself. Durations are in seconds."""
 
     connections: int = 4096
-    requests_in_flight: int = 256
+    requests_in_flight: int = 128
     request_timeout_secs: float = 10
     keep_alive_secs: float = 75
 
@@ -48,7 +48,7 @@ class Connection(Protocol):
     """When it is overdue, on the clock of the event loop."""
 
     def is_idle(self) -> bool:
-        """Whether it waits for the next request."""
+        """Whether it has had a request and waits for the next."""
 
     def overdue(self) -> None:
         """Be told that the deadline has passed."""
@@ -97,10 +97,10 @@ class Gate:
         self._connections.discard(connection)
         self._surplus.pop(connection, None)
 
-    def has_place(self, method: str) -> bool:
-        """Whether one more request with this method can be served without making the others
-        wait too long."""
-        surplus = SURPLUS_CLOSINGS if method == "DELETE" else 0
+    def has_place(self, method: bytes) -> bool:
+        """Whether a request with this method can be served without making the others wait
+        too long."""
+        surplus = SURPLUS_CLOSINGS if method == b"DELETE" else 0
         return self.metrics.requests_in_flight < self.max_requests_in_flight + surplus
 
     def reap(self, now: float) -> None:

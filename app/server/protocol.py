@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import httptools
@@ -23,11 +24,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.api.direct_send import CLOSE, encode_answer, send_directly
+from app.api.direct_send import CLOSE, encode_answer
 from app.api.envelope import REQUEST_ID, accept_request_id, common_headers
 from app.api.problem_types import ProblemCode
 from app.api.problems import Refused, refused_answer
 from app.api.strict import MAX_BODY_BYTES
+from app.observability.metrics import Metrics
 from app.server.gate import HEALTH_PATHS, Gate
 
 MAX_HEADER_FIELDS = 64
@@ -70,9 +72,10 @@ class LimitedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._gate: Gate = app_state["gate"]
-        self._metrics = self._gate.metrics
+        self._metrics: Metrics = self._gate.metrics
         self.deadline = math.inf
         self._invited = True
+        self._max_in_flight = 0
         self._ends = False
         self._running: RequestResponseCycle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -81,6 +84,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refused: Refused | None = None
         self._valid_host = b""
         self._chunked_bytes: int | None = None
+        self._skipping = False
         # Of a message that does not come in one read.
         self._timed: HTTPScope | None = None
         self._later_head_bytes = 0
@@ -92,6 +96,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._invited = self._gate.enter(self)
+        # For who is not invited it is always full.
+        self._max_in_flight = self._gate.max_requests_in_flight if self._invited else 0
         self._ends = not self._invited
         self._set_deadline(self._gate.request_timeout_secs)
 
@@ -99,7 +105,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._gate.leave(self)
-        self._abandon()
+        if self._running is not None:
+            self._running.disconnected = True
+        if self._holds_place and self._task is not None:
+            # Nobody waits any more; the place is kept until the work is done.
+            self._task.add_done_callback(self._give_place_back)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -119,8 +129,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
 
     def _on_part(self, read_bytes: int) -> None:
-        """See to a message that has not come whole yet."""
-        in_head = self.scope is not None and not self._is_in_body()
+        """See to a message that has not come whole yet, if there is one."""
+        in_head = not self._skipping and self.scope is not None and not self._is_in_body()
         if self.scope is not self._timed:
             self._timed = self.scope
             self._later_head_bytes = 0
@@ -152,6 +162,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
+        if self._is_full() and self._is_turned_away():
+            ends = self._ends or self._gate.draining or not self.parser.should_keep_alive()
+            self._turn_away(self.headers, keep_alive=not ends)
+            self._skipping = True
+            return
         fields = dict(self.headers)
         host = fields.get(b"host")
         version = self.parser.get_http_version()
@@ -217,62 +232,76 @@ class LimitedProtocol(HttpToolsProtocol):
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
                 self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.body += body
-            cycle.message_event.set()
+        if self.cycle is not None and not self._skipping:
+            self.cycle.body += body
 
     @override
     def on_message_complete(self) -> None:
         cycle = self.cycle
-        if cycle is not None:
+        if self._skipping:
+            self._skipping = False
+            self.scope = None
+        elif cycle is not None:
             cycle.more_body = False
             cycle.message_event.set()
-            if cycle.response_complete:
-                self._set_deadline(self._gate.keep_alive_secs)
+            if cycle is not self._running:
+                # It waits for those before it.
+                return
+            if self._is_full() and self._is_turned_away():
+                cycle.response_started = cycle.response_complete = True
+                ends = self._ends or self._gate.draining or not cycle.keep_alive
+                self._turn_away(cycle.scope["headers"], keep_alive=not ends)
+            else:
+                self._serve(cycle)
 
-    # What the application does.
+    # What is done with a request.
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Serve it, or wait for its body: whoever sends slowly takes up a connection, but no
+        place among the requests in flight."""
         self._running = cycle
-        metrics, gate = self._metrics, self._gate
-        if gate.draining or self._ends:
+        if not cycle.more_body:
+            self._serve(cycle)
+        elif cycle.waiting_for_100_continue:
+            cycle.waiting_for_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _serve(self, cycle: RequestResponseCycle) -> None:
+        if self._gate.draining or self._ends:
             cycle.keep_alive = False
-        full = metrics.requests_in_flight >= gate.max_requests_in_flight
-        if (full or not self._invited) and not self._has_place(cycle):
-            self._turn_away(cycle)
-            return
-        metrics.requests_in_flight += 1
+        self._metrics.requests_in_flight += 1
         self._holds_place = True
-        self._task = task = self.loop.create_task(cycle.run_asgi(app))
+        self._task = task = self.loop.create_task(cycle.run_asgi(self.app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
-    def _has_place(self, cycle: RequestResponseCycle) -> bool:
-        if cycle is not self.cycle:
-            # Pipelined requests wait for one another; only the first is turned away.
-            return True
-        method, path = cycle.scope["method"], cycle.scope["path"]
-        return path in HEALTH_PATHS or (self._invited and self._gate.has_place(method))
+    def _is_full(self) -> bool:
+        return self._metrics.requests_in_flight >= self._max_in_flight
 
-    def _turn_away(self, cycle: RequestResponseCycle) -> None:
-        """Answer at once that there is too much to do."""
-        self._metrics.refused[ProblemCode.OVERLOADED] += 1
-        request_id = _request_id(cycle.scope)
-        answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
-        if not send_directly(cycle.send, answer, common_headers(request_id)):
-            self.drop()
+    def _is_turned_away(self) -> bool:
+        """Whether there is no place for the newest message, whose head has come. Pipelined
+        requests have that of the first of them."""
+        if self._holds_place or self.url.partition(b"?")[0] in HEALTH_PATHS:
+            return False
+        return not (self._invited and self._gate.has_place(self.parser.get_method()))
+
+    def _turn_away(self, sent: Iterable[tuple[bytes, bytes]], *, keep_alive: bool) -> None:
+        """Answer at once that there is too much to do. Whatever is done here is done most when
+        there is least time: it must cost much less than serving."""
+        if not keep_alive or self.flow.write_paused:
+            self._running = None
+            self._stop(ProblemCode.OVERLOADED)
+        self._metrics.refused[_OVERLOADED] += 1
+        request_id = accept_request_id(dict(sent).get(REQUEST_ID)).encode()
+        headers = self.server_state.default_headers
+        self.transport.write(request_id.join(_turned_away.parts(len(request_id), headers)))
+        self._set_deadline(self._gate.keep_alive_secs)
 
     def _give_place_back(self, _: object = None) -> None:
         if self._holds_place:
             self._holds_place = False
             self._metrics.requests_in_flight -= 1
-
-    def _abandon(self) -> None:
-        """Nobody waits any more. The request keeps its place until its work is done."""
-        if self._holds_place and self._task is not None:
-            self._task.add_done_callback(self._give_place_back)
 
     @override
     def on_response_complete(self) -> None:
@@ -304,12 +333,10 @@ class LimitedProtocol(HttpToolsProtocol):
             return self.scope is not None
         return self.cycle.more_body
 
-    def _is_busy(self) -> bool:
-        return self._running is not None and not self._running.response_complete
-
     def is_idle(self) -> bool:
-        """Whether it waits for the next request."""
-        return not (self._is_busy() or self._is_receiving() or self._refused)
+        """Whether it has had a request and waits for the next."""
+        busy = self._holds_place or self._is_receiving() or self._refused is not None
+        return self.cycle is not None and not busy
 
     # Ends.
 
@@ -318,7 +345,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def overdue(self) -> None:
         """Be told that the deadline has passed."""
-        busy, receiving = self._is_busy(), self._is_receiving()
+        busy, receiving = self._holds_place, self._is_receiving()
         if self.transport.is_closing() or self.flow.write_paused:
             self.transport.abort()
         elif self._refused is None and busy and (self.flow.read_paused or not receiving):
@@ -338,7 +365,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         self._gate.draining = True
         # What is being received is still answered; its deadline sees to it.
-        if self._is_busy() or not self._is_receiving():
+        if self._holds_place or not self._is_receiving():
             super().shutdown()
 
     def _refuse(self, refused: Refused) -> None:
@@ -348,21 +375,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow.pause_reading()
         # They may hold a whole read of what is too large.
         self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
-        message, running = self.cycle, self._running
+        message = self.cycle
+        if self._skipping:
+            self._half_close()
+            return
         if message is not None and message.more_body:
             # It is the body of this message that is refused.
-            if message is not running:
-                self.pipeline.popleft()
-            elif running.response_complete:
-                self._half_close()
-                return
-            else:
-                running.disconnected = True
-                running.body = bytearray()
-                running.message_event.set()
-                self._abandon()
+            message.body = bytearray()
+            if message is self._running:
                 self._running = None
-        if not self._is_busy():
+            else:
+                self.pipeline.popleft()
+        if not self._holds_place:
             self._write_refusal(refused)
 
     def _write_refusal(self, refused: Refused) -> None:
@@ -378,6 +402,36 @@ class LimitedProtocol(HttpToolsProtocol):
         self._set_deadline(LINGER_SECS)
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+
+_OVERLOADED = ProblemCode.OVERLOADED.value
+_ID_DIGIT = "~"
+"""Stands for what the request id will be, which has none of it."""
+
+
+class _TurnedAway:
+    """The answer that turns away, ready but for the request id. It is made anew when the
+    server's own headers, of which one is the time, are."""
+
+    def __init__(self) -> None:
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._parts: dict[int, list[bytes]] = {}
+
+    def parts(self, id_length: int, headers: list[tuple[bytes, bytes]]) -> list[bytes]:
+        """What stands around a request id of that length."""
+        if headers is not self._headers:
+            self._headers = headers
+            self._parts.clear()
+        known = self._parts.get(id_length)
+        if known is None:
+            request_id = _ID_DIGIT * id_length
+            answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
+            encoded = encode_answer(answer, headers, common_headers(request_id))
+            known = self._parts[id_length] = encoded.split(request_id.encode())
+        return known
+
+
+_turned_away = _TurnedAway()
 
 
 def _request_id(scope: HTTPScope | None) -> str:

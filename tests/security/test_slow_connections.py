@@ -31,9 +31,13 @@ HALF_SENT = {
     "chunks without their end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", [408]),
     "a whole request and silence": (ANSWERED, [200]),
     "a whole request and half of another": (ANSWERED + b"GET /", [200, 408]),
-    "a refused request whose body never comes": (
+    "half a body for a path that is none": (
         b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
-        [404],
+        [408],
+    ),
+    "half a body that waits to be asked for": (
+        HEAD + b"Expect: 100-continue\r\nContent-Length: 99\r\n\r\n",
+        [100, 408],
     ),
 }
 """What is sent, and the statuses that come before the connection ends."""

@@ -1,0 +1,134 @@
+"""More calls than the service can take: an open-loop client, which sends at a rate of its own
+and does not wait for answers, so that what is slow cannot slow it down.
+
+`python -m bench.overload PORT RATE SECS CONNECTIONS` prints what came back. Latency counts
+from when a request was due, not from when it could be sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import uvloop
+
+from bench.load import LOAD_CORE, Target, pinned
+
+TICK_SECS = 0.001
+CONNECTIONS = 1024
+
+
+class Offered(NamedTuple):
+    """What came of a rate of calls that was offered."""
+
+    offered: float
+    """Calls per second that were due."""
+    admitted: float
+    refused: float
+    p99_ms: float
+    """Of the admitted."""
+    refused_p99_ms: float
+
+
+def offer(target: Target, rate: float, secs: float) -> Offered:
+    """Offer so many calls per second from the core of the load."""
+    command = [sys.executable, "-m", "bench.overload", str(target.port), str(rate), str(secs)]
+    environment = os.environ | {
+        "BENCH_PATHS": str(target.paths),
+        "BENCH_BODY": target.body,
+        "BENCH_AUTHORIZATION": target.authorization,
+    }
+    output = subprocess.run(
+        [*pinned(LOAD_CORE), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        timeout=secs + 60,
+    ).stdout
+    return Offered(**json.loads(output))
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time. A response is told by its length."""
+
+    def __init__(self, idle: deque[_Connection], found: dict[bytes, list[float]]) -> None:
+        self._idle = idle
+        self._found = found
+        self._due = 0.0
+        self._received = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._idle.append(self)
+
+    def send(self, request: bytes, due: float) -> None:
+        self._due = due
+        assert self._transport is not None
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received = self._received + data if self._received else data
+        head = received.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        at = received.find(b"content-length: ", 0, head)
+        length = int(received[at + 16 : received.find(b"\r", at)]) if at >= 0 else 0
+        if len(received) < head + 4 + length:
+            return
+        self._received = b""
+        self._found.setdefault(received[9:12], []).append(time.perf_counter() - self._due)
+        self._idle.append(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        raise SystemExit(f"a connection was lost: {exc}")
+
+
+async def _offer(port: int, paths: list[str], rate: float, secs: float) -> Offered:
+    body = os.environ["BENCH_BODY"].encode()
+    headers = (
+        f"host: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"authorization: {os.environ['BENCH_AUTHORIZATION']}\r\ncontent-length: {len(body)}"
+    )
+    requests = [f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body for path in paths]
+    loop = asyncio.get_running_loop()
+    idle: deque[_Connection] = deque()
+    found: dict[bytes, list[float]] = {}
+    for _ in range(CONNECTIONS):
+        await loop.create_connection(lambda: _Connection(idle, found), "127.0.0.1", port)
+    started = time.perf_counter()
+    waiting: deque[float] = deque()
+    sent = 0
+    while (now := time.perf_counter() - started) < secs:
+        while sent < now * rate:
+            waiting.append(started + sent / rate)
+            sent += 1
+        while waiting and idle:
+            idle.popleft().send(random.choice(requests), waiting.popleft())
+        await asyncio.sleep(TICK_SECS)
+    admitted, refused = found.pop(b"200", []), found.pop(b"503", [])
+    if found:
+        raise SystemExit(f"unexpected answers: {list(found)}")
+    return Offered(
+        rate, len(admitted) / secs, len(refused) / secs, _p99_ms(admitted), _p99_ms(refused)
+    )
+
+
+def _p99_ms(durations: list[float]) -> float:
+    return sorted(durations)[int(len(durations) * 0.99)] * 1000 if durations else 0.0
+
+
+if __name__ == "__main__":
+    _port, _rate, _secs = sys.argv[1:]
+    _paths = Path(os.environ["BENCH_PATHS"]).read_text().split()
+    result = uvloop.run(_offer(int(_port), _paths, float(_rate), float(_secs)))
+    print(json.dumps(result._asdict()))

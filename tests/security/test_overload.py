@@ -1,0 +1,146 @@
+"""More requests at once than the service takes. A request that waits for a slow store is in
+flight; here the store has been stopped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from tests import engines
+from tests.conftest import PATIENTLY
+from tests.engines import until
+from tests.security.test_slow_connections import gauge
+from tests.services import Service, StartService, received_on
+from tests.support import session_request
+
+BOUND = 3
+AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+LIST = b"GET /sessions HTTP/1.1\r\nHost: a\r\n\r\n"
+READ = b"GET /sessions/%b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % AGENT.encode()
+
+
+@pytest.fixture
+def service(start_service: StartService, server: engines.Server) -> Service:
+    return start_service(
+        ARBITER_STORE_URL=server.url + PATIENTLY,
+        ARBITER_MAX_REQUESTS_IN_FLIGHT=str(BOUND),
+        ARBITER_REQUEST_TIMEOUT_SECS="60",
+    )
+
+
+@pytest.fixture
+def full(service: Service, server: engines.Server) -> Iterator[Service]:
+    """A service with as many requests in flight as it takes."""
+    with ExitStack() as stack:
+        server.pause()
+        held = [stack.enter_context(service.connect()) for _ in range(BOUND)]
+        for connection in held:
+            connection.sendall(READ)
+        # Those that came before it have been read when this one is answered.
+        until(lambda: httpx.get(f"{service.url}/sessions").status_code == 503)
+        yield service
+        server.resume()
+        for connection in held:
+            assert received_on(connection).startswith(b"HTTP/1.1 404 ")
+
+
+def test_one_more_is_turned_away_at_once(full: Service) -> None:
+    refused = httpx.post(
+        f"{full.url}/sessions", json=session_request(), headers={"x-request-id": "mine"}
+    )
+
+    problem = refused.json()
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["x-should-retry"] == "true"
+    assert refused.headers["x-request-id"] == problem["request_id"] == "mine"
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.headers["cache-control"] == "no-store"
+    assert problem["code"] == "overloaded"
+    assert (problem["retryable"], problem["next_action"]) == (True, "wait")
+
+
+def test_health_is_still_answered(full: Service) -> None:
+    assert httpx.get(f"{full.url}/livez?").status_code == 200
+
+
+def test_the_connection_of_who_is_turned_away_stays(full: Service) -> None:
+    piece = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+    last = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+    received = full.exchange(piece, b"abcd", piece + b"ab", b"cd" + LIST, last)
+
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
+    assert statuses == [b"503", b"503", b"503", b"200"]
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        LIST.replace(b"1.1", b"1.0"),
+        LIST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+    ],
+    ids=["HTTP/1.0", "close"],
+)
+def test_who_wants_the_connection_ended_gets_that_too(
+    full: Service, request_bytes: bytes
+) -> None:
+    received = full.exchange(request_bytes)
+
+    assert received.startswith(b"HTTP/1.1 503 ")
+    assert b"connection: close" in received
+
+
+def test_the_kill_switch_has_places_of_its_own(full: Service, server: engines.Server) -> None:
+    with full.connect() as connection:
+        connection.sendall(
+            b"DELETE /agents/%b/sessions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            % AGENT.encode()
+        )
+        assert httpx.get(f"{full.url}/sessions").status_code == 503
+        server.resume()
+        assert received_on(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_places_are_given_back(service: Service, server: engines.Server) -> None:
+    for leave in ("answered", "given up"):
+        server.pause()
+        with ExitStack() as stack:
+            for _ in range(BOUND):
+                stack.enter_context(service.connect()).sendall(READ)
+            until(lambda: httpx.get(f"{service.url}/sessions").status_code == 503)
+            if leave == "answered":
+                server.resume()
+                until(lambda: httpx.get(f"{service.url}/sessions").status_code == 200)
+        server.resume()
+        until(lambda: httpx.get(f"{service.url}/sessions").status_code == 200)
+
+    assert gauge(service, "arbiter_http_requests_in_flight") == 1
+
+
+def test_who_sends_slowly_takes_no_place(start_service: StartService) -> None:
+    service = start_service(ARBITER_MAX_REQUESTS_IN_FLIGHT="1")
+    half = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(service.connect()).sendall(half)
+
+        assert httpx.get(f"{service.url}/sessions").status_code == 200
+
+
+def test_what_was_turned_away_is_counted(full: Service, server: engines.Server) -> None:
+    for _ in range(5):
+        httpx.get(f"{full.url}/sessions")
+    server.resume()
+    until(lambda: httpx.get(f"{full.url}/metrics").status_code == 200)
+
+    text = httpx.get(f"{full.url}/metrics").text
+    found = re.search(
+        r'^arbiter_http_refused_total\{code="overloaded"\} (\S+)$', text, re.MULTILINE
+    )
+    assert found is not None
+    assert float(found[1]) >= 5
