@@ -4,6 +4,7 @@ as anything but a problem."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from itertools import count
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.answers import Answer, Headers
 from app.api.problem_types import ProblemCode
 from app.api.problems import Refused, error_answer, refused_answer
-from app.domain.errors import ArbiterError
+from app.domain.errors import ArbiterError, ShuttingDown
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 
@@ -40,8 +41,16 @@ def accept_request_id(sent: bytes | None) -> str:
     return f"{_prefix}-{next(_serial):x}"
 
 
-def failed_answer(error: Exception, request_id: str) -> Answer:
-    """The answer to a request during which `error` was raised. A defect is logged."""
+Failure = (Exception, asyncio.CancelledError)
+"""What ends a request without an answer of its own. Only the server cancels, when it has to
+stop and waits no longer; what is cancelled is answered and is then over."""
+
+
+def failed_answer(error: BaseException, request_id: str) -> Answer:
+    """The answer to a request during which `error`, a `Failure`, was raised. A defect is
+    logged."""
+    if isinstance(error, asyncio.CancelledError):
+        error = ShuttingDown()
     if isinstance(error, ArbiterError):
         return error_answer(error, request_id)
     get_logger().exception("request failed", request_id=request_id)
@@ -90,7 +99,7 @@ class Envelope:
         except ClientDisconnect:
             # Nobody is left to answer.
             return
-        except Exception as error:
+        except Failure as error:
             answer = failed_answer(error, request_id)
             if status:
                 raise

@@ -16,7 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api import auth
 from app.api.answers import admitted_answer
 from app.api.direct_send import send_directly
-from app.api.envelope import accept_request_id, common_headers, failed_answer, send_answer
+from app.api.envelope import (
+    Failure,
+    accept_request_id,
+    common_headers,
+    failed_answer,
+    send_answer,
+)
 from app.api.problems import denied_answer
 from app.api.strict import MAX_BODY_BYTES
 from app.domain.admission import Admitted, Denied
@@ -91,7 +97,7 @@ class FastLane:
         request_id = accept_request_id(headers.get(b"x-request-id"))
         try:
             decision = await self._decide(path[1], match, is_batch=is_batch)
-        except Exception as error:  # noqa: BLE001 - every failure has an answer
+        except Failure as error:
             answer = failed_answer(error, request_id)
         else:
             if isinstance(decision, Denied):

@@ -196,7 +196,8 @@ PROBLEMS = {
         503,
         "Shutting down",
         "This process is about to stop; ask another one.",
-        "Load balancers send no new requests here. What has been begun is finished.",
+        "Send the request to another replica, with the same Idempotency-Key if it has one: one "
+        "that was cut off may have been counted.",
     ),
     ProblemCode.NOT_FOUND: ProblemType(
         404,
