@@ -10,8 +10,8 @@ import asyncio
 import logging
 import multiprocessing
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,8 +21,9 @@ from app import __version__
 from app.api.application import build_application
 from app.api.auth import Authenticator
 from app.api.fast_lane import FastLane
-from app.domain.errors import StoreUnusable
+from app.domain.errors import Unusable
 from app.garbage import short_pauses
+from app.observability.audit import AuditLog, upon_sighup
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
@@ -56,7 +57,8 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     store = store or open_store(settings.store_url, store_limits)
     metrics = Metrics()
     shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
-    events = Events(metrics, log_admissions=settings.log_level == "debug")
+    audit = AuditLog(settings.audit_log, metrics) if settings.audit_log else None
+    events = Events(metrics, log_admissions=settings.log_level == "debug", audit=audit)
     authenticator = Authenticator(
         settings.api_keys, allow_unauthenticated=settings.allow_unauthenticated
     )
@@ -72,8 +74,13 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         log = get_logger()
-        await _open(store)
-        try:
+        async with AsyncExitStack() as stack:
+            with _saying_why_not():
+                await store.open()
+                stack.push_async_callback(store.aclose)
+                if audit is not None:
+                    audit.open()
+                    stack.push_async_callback(audit.aclose)
             log.info(
                 "starting",
                 address=f"http://{_bracketed(settings.host)}:{settings.port}",
@@ -81,37 +88,41 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 authentication="on" if authenticator.enabled else "off",
                 version=__version__,
             )
+            events.started()
+            stack.callback(events.stopped)
             gate = Gate(metrics, limits)
             drain = Drain(gate, service, settings.shutdown_delay_secs)
-            with short_pauses(), drain.upon_sigterm():
-                tasks = [
-                    asyncio.create_task(sweeper.run(), name="sweeper"),
-                    asyncio.create_task(shared_metrics.run(), name="metrics"),
-                    asyncio.create_task(gate.run(), name="gate"),
-                    asyncio.create_task(watch_loop_lag(metrics), name="lag"),
-                ]
-                try:
-                    yield {"gate": gate}
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                        with suppress(asyncio.CancelledError):
-                            await task
-        finally:
-            await store.aclose()
-            log.info("stopped")
+            stack.enter_context(short_pauses())
+            stack.enter_context(drain.upon_sigterm())
+            stack.enter_context(upon_sighup(audit))
+            for work in (
+                sweeper.run(),
+                shared_metrics.run(),
+                gate.run(),
+                watch_loop_lag(metrics),
+            ):
+                stack.push_async_callback(_end, asyncio.create_task(work))
+            yield {"gate": gate}
 
     return build_application(service, authenticator, shared_metrics, lifespan)
 
 
-async def _open(store: SessionStore) -> None:
+@contextmanager
+def _saying_why_not() -> Iterator[None]:
+    """Tell in one sentence why the service cannot start."""
     try:
-        await store.open()
-    except StoreUnusable as error:
+        yield
+    except Unusable as error:
         print(f"arbiter: {error}", file=sys.stderr)
         # All is said; uvicorn would add a traceback.
         logging.getLogger("uvicorn.error").disabled = True
         raise
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _bracketed(host: str) -> str:

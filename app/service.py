@@ -11,13 +11,14 @@ import uuid
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.errors import InvalidField, ShuttingDown
+from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
 from app.domain.session import (
     DEFAULT_TIME_LIMIT_SECS,
     DataSensitivity,
     Grant,
     Session,
 )
+from app.observability.audit import Origin
 from app.observability.events import Events
 from app.store.base import (
     IdempotencyKey,
@@ -40,6 +41,7 @@ class SessionService:
     async def create_session(
         self,
         grant: Grant,
+        origin: Origin,
         *,
         time_limit_secs: int | None,
         idempotency: IdempotencyKey | None = None,
@@ -54,16 +56,20 @@ class SessionService:
                 "time_limit_secs",
                 f"This server allows at most {self._max_time_limit_secs} seconds.",
             )
-        decision = await self._store.create(
-            str(uuid.uuid4()), replace(grant, time_limit_secs=time_limit_secs), idempotency
-        )
-        self._events.created(grant.agent_id, decision)
+        grant = replace(grant, time_limit_secs=time_limit_secs)
+        try:
+            decision = await self._store.create(str(uuid.uuid4()), grant, idempotency)
+        except ArbiterError as error:
+            self._events.failed("create", error, origin, agent_id=grant.agent_id)
+            raise
+        self._events.created(grant.agent_id, decision, origin)
         return decision
 
     async def record_call(
         self,
         session_id: str,
         tool_name: str,
+        origin: Origin,
         *,
         agent_id: str | None = None,
         data_sensitivity: DataSensitivity | None = None,
@@ -72,14 +78,13 @@ class SessionService:
     ) -> Admitted | Denied:
         """Admit and count one tool call, or deny it and change nothing."""
         admission = Admission(Operation.CALL, (tool_name,), agent_id, data_sensitivity)
-        decision = await self._store.record(session_id, admission, idempotency, dry_run=dry_run)
-        self._events.decided(session_id, admission, decision, dry_run=dry_run)
-        return decision
+        return await self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
 
     async def record_batch(
         self,
         session_id: str,
         tool_names: tuple[str, ...],
+        origin: Origin,
         *,
         agent_id: str | None = None,
         data_sensitivity: DataSensitivity | None = None,
@@ -88,15 +93,38 @@ class SessionService:
     ) -> Admitted | Denied:
         """Admit and count all of the calls, or deny them all and change nothing."""
         admission = Admission(Operation.BATCH, tool_names, agent_id, data_sensitivity)
-        decision = await self._store.record(session_id, admission, idempotency, dry_run=dry_run)
-        self._events.decided(session_id, admission, decision, dry_run=dry_run)
+        return await self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
+
+    async def _record(
+        self,
+        session_id: str,
+        admission: Admission,
+        origin: Origin,
+        idempotency: IdempotencyKey | None,
+        *,
+        dry_run: bool,
+    ) -> Admitted | Denied:
+        try:
+            decision = await self._store.record(
+                session_id, admission, idempotency, dry_run=dry_run
+            )
+        except ArbiterError as error:
+            event = admission.operation.value
+            self._events.failed(
+                event, error, origin, session_id=session_id, admission=admission
+            )
+            raise
+        self._events.decided(session_id, admission, decision, origin, dry_run=dry_run)
         return decision
 
-    async def close_session(self, session_id: str) -> Session | Denied:
+    async def close_session(self, session_id: str, origin: Origin) -> Session | Denied:
         """End a session for good."""
-        outcome = await self._store.close(session_id)
-        if isinstance(outcome, Session):
-            self._events.closed(outcome)
+        try:
+            outcome = await self._store.close(session_id)
+        except ArbiterError as error:
+            self._events.failed("close", error, origin, session_id=session_id)
+            raise
+        self._events.closed(session_id, outcome, origin)
         return outcome
 
     async def get_session(self, session_id: str) -> Session | None:
@@ -118,10 +146,14 @@ class SessionService:
         """How many sessions of the agent are active; 0 for an agent never seen."""
         return await self._store.count_active_for_agent(agent_id)
 
-    async def close_agent_sessions(self, agent_id: str) -> int:
+    async def close_agent_sessions(self, agent_id: str, origin: Origin) -> int:
         """The kill switch: close every active session of the agent; how many."""
-        closed = await self._store.close_sessions_for_agent(agent_id)
-        self._events.agent_closed(agent_id, closed)
+        try:
+            closed = await self._store.close_sessions_for_agent(agent_id)
+        except ArbiterError as error:
+            self._events.failed("close_agent", error, origin, agent_id=agent_id)
+            raise
+        self._events.agent_closed(agent_id, closed, origin)
         return closed
 
     def retire(self) -> None:

@@ -19,6 +19,7 @@ from pydantic import DirectoryPath, Field, ValidationError, field_validator, mod
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.api.auth import ApiKey, is_loopback
+from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of
 from app.store.base import StoreLimits
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
     )
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     metrics_dir: DirectoryPath | None = None
+    audit_log: str | None = None
     max_connections: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
     max_requests_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     request_timeout_secs: Annotated[float, Field(gt=0, le=3600)] = 10
@@ -72,6 +74,14 @@ class Settings(BaseSettings):
         if len({key.name for key in keys}) != len(keys):
             raise ValueError("two API keys have the same name; rotate with a new name")
         return keys
+
+    @field_validator("audit_log")
+    @classmethod
+    def _file_or_stdout(cls, value: str | None) -> str | None:
+        # A relative path would depend on where the service was started.
+        if value is not None and value != STDOUT and not Path(value).is_absolute():
+            raise ValueError("give the absolute path of a file, or stdout")
+        return value
 
     @field_validator("store_url")
     @classmethod

@@ -28,6 +28,7 @@ from app.api.strict import MAX_BODY_BYTES
 from app.domain.admission import Admitted, Denied
 from app.domain.session import DataSensitivity
 from app.domain.tools import MAX_BATCH
+from app.observability.audit import Origin
 from app.observability.metrics import Metrics
 from app.service import SessionService
 
@@ -75,7 +76,8 @@ class FastLane:
         started = time.perf_counter()
         path = _plain_path(scope)
         headers = {} if path is None else dict(scope["headers"])
-        if path is None or not self._takes(scope, headers):
+        caller = None if path is None else self._caller(scope, headers)
+        if path is None or caller is None:
             await self._app(scope, receive, send)
             return
         message = await receive()
@@ -96,7 +98,8 @@ class FastLane:
             return
         request_id = accept_request_id(headers.get(b"x-request-id"))
         try:
-            decision = await self._decide(path[1], match, is_batch=is_batch)
+            origin = Origin(caller.name, request_id)
+            decision = await self._decide(path[1], match, origin, is_batch=is_batch)
         except Failure as error:
             answer = failed_answer(error, request_id)
         else:
@@ -111,8 +114,8 @@ class FastLane:
         durations = self._metrics.request("POST", route, answer.status)
         durations.observe(time.perf_counter() - started)
 
-    def _takes(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        """Whether there is nothing about the headers that the framework should judge."""
+    def _caller(self, scope: Scope, headers: dict[bytes, bytes]) -> auth.Caller | None:
+        """Who asks, if there is nothing about the headers that the framework should judge."""
         if (
             len(headers) != len(scope["headers"])
             or headers.get(b"content-type") != b"application/json"
@@ -120,17 +123,17 @@ class FastLane:
             or b"idempotency-key" in headers
             or headers.get(b"prefer") not in _PREFERENCES
         ):
-            return False
+            return None
         try:
             caller = self._authenticator.identify(
                 headers.get(b"authorization"), scope.get("server")
             )
         except auth.Unauthenticated:
-            return False
-        return caller.may(_SCOPES)
+            return None
+        return caller if caller.may(_SCOPES) else None
 
     async def _decide(
-        self, session_id: str, match: re.Match[bytes], *, is_batch: bool
+        self, session_id: str, match: re.Match[bytes], origin: Origin, *, is_batch: bool
     ) -> Admitted | Denied:
         listed, agent_id, tier = match.groups()
         agent = None if agent_id is None else agent_id.decode("ascii").lower()
@@ -139,10 +142,14 @@ class FastLane:
         names = listed.decode("ascii").split('"')[1::2]
         if is_batch:
             return await self._service.record_batch(
-                session_id, tuple(names), agent_id=agent, data_sensitivity=data_sensitivity
+                session_id,
+                tuple(names),
+                origin,
+                agent_id=agent,
+                data_sensitivity=data_sensitivity,
             )
         return await self._service.record_call(
-            session_id, names[0], agent_id=agent, data_sensitivity=data_sensitivity
+            session_id, names[0], origin, agent_id=agent, data_sensitivity=data_sensitivity
         )
 
 

@@ -11,6 +11,7 @@ from app.api.headers import idempotency_key, wants_minimal
 from app.api.problem_types import ProblemCode
 from app.api.problems import Refused
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
+from app.observability.audit import Origin
 from app.service import SessionService
 from app.store.base import IdempotencyKey
 
@@ -91,6 +92,11 @@ async def _minimal(
     return wants_minimal(request.headers.getlist("prefer"))
 
 
+async def _origin(request: Request) -> Origin:
+    return Origin(request.state.caller.name, request.state.request_id)
+
+
+Asker = Annotated[Origin, Depends(_origin)]
 Service = Annotated[SessionService, Depends(_service)]
 SessionId = Annotated[str, Depends(_session_id)]
 AgentId = Annotated[str, Depends(_agent_id)]

@@ -26,6 +26,7 @@ from app.api.openapi import (
 from app.api.parameters import (
     DEFAULT_PAGE,
     AgentId,
+    Asker,
     DryRun,
     Idempotency,
     Limit,
@@ -118,11 +119,16 @@ def _decided(request: Request, decision: Admitted | Denied, *, minimal: bool) ->
     openapi_extra=FOR_PROXY,
 )
 async def create_session(
-    request: Request, body: CreateSession, service: Service, idempotency: Idempotency
+    request: Request,
+    body: CreateSession,
+    service: Service,
+    origin: Asker,
+    idempotency: Idempotency,
 ) -> Response:
     """Issue a session for one agent and one task. What it allows cannot be changed later."""
     decision = await service.create_session(
         body.to_grant(),
+        origin,
         time_limit_secs=body.requested_time_limit_secs,
         idempotency=idempotency,
     )
@@ -182,9 +188,11 @@ async def get_session(session_id: SessionId, service: Service) -> Response:
     ),
     openapi_extra=FOR_OPERATE,
 )
-async def close_session(request: Request, session_id: SessionId, service: Service) -> Response:
+async def close_session(
+    request: Request, session_id: SessionId, service: Service, origin: Asker
+) -> Response:
     """End a session for good, an expired one too. A second time is a conflict."""
-    outcome = await service.close_session(session_id)
+    outcome = await service.close_session(session_id, origin)
     if isinstance(outcome, Denied):
         return respond(denied_answer(outcome, request.state.request_id))
     return respond(json_answer(200, encode_session(outcome), []))
@@ -205,6 +213,7 @@ async def record_call(
     session_id: SessionId,
     body: RecordCall,
     service: Service,
+    origin: Asker,
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
@@ -213,6 +222,7 @@ async def record_call(
     decision = await service.record_call(
         session_id,
         body.tool_name,
+        origin,
         agent_id=body.agent_id,
         data_sensitivity=body.data_sensitivity,
         idempotency=idempotency,
@@ -236,6 +246,7 @@ async def record_batch(
     session_id: SessionId,
     body: RecordBatch,
     service: Service,
+    origin: Asker,
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
@@ -244,6 +255,7 @@ async def record_batch(
     decision = await service.record_batch(
         session_id,
         tuple(body.tool_names),
+        origin,
         agent_id=body.agent_id,
         data_sensitivity=body.data_sensitivity,
         idempotency=idempotency,
@@ -278,7 +290,7 @@ async def get_agent(agent_id: AgentId, service: Service) -> Response:
     responses=problem_responses(ProblemCode.NOT_FOUND, *_ALWAYS),
     openapi_extra=FOR_OPERATE,
 )
-async def close_agent_sessions(agent_id: AgentId, service: Service) -> Response:
+async def close_agent_sessions(agent_id: AgentId, service: Service, origin: Asker) -> Response:
     """The kill switch: close every active session of the agent in one step."""
-    closed = await service.close_agent_sessions(agent_id)
+    closed = await service.close_agent_sessions(agent_id, origin)
     return respond(json_answer(200, to_json({"agent_id": agent_id, "closed": closed}), []))

@@ -3,7 +3,9 @@ error means that the service could not decide.
 
     ArbiterError
     ├── InvalidField        the request breaks a rule of this server's configuration
-    ├── StoreUnusable       the store cannot be opened as it is configured; at start only
+    ├── Unusable            what is configured cannot be used; at start only
+    │   ├── StoreUnusable
+    │   └── AuditUnusable
     └── TransientError      trying again may help; nothing was recorded
         ├── StoreUnavailable
         ├── Overloaded
@@ -32,21 +34,38 @@ class InvalidField(ArbiterError):
         self.field = field
 
 
-class StoreUnusable(ArbiterError):
+class Unusable(ArbiterError):
+    """The service cannot start as it is configured."""
+
+
+class StoreUnusable(Unusable):
     """The session store cannot be used as it is configured."""
+
+
+class AuditUnusable(Unusable):
+    """The audit log cannot be written where it is configured."""
 
 
 class TransientError(ArbiterError):
     """The service cannot decide just now; nothing was recorded."""
 
+    code = "transient"
+    """As it stands on the wire."""
+
 
 class StoreUnavailable(TransientError):
     """The session store does not answer just now; nothing was recorded."""
+
+    code = "store_unavailable"
 
 
 class Overloaded(TransientError):
     """The service holds as many sessions as it is configured to hold."""
 
+    code = "overloaded"
+
 
 class ShuttingDown(TransientError):
     """This process is about to stop; ask another one."""
+
+    code = "shutting_down"

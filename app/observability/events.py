@@ -1,9 +1,11 @@
-"""What happens to sessions, told once, to the log and the metrics."""
+"""What happens to sessions, told once: to the log, the metrics and the audit log."""
 
 from __future__ import annotations
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.errors import ArbiterError, TransientError
 from app.domain.session import Session
+from app.observability.audit import NOBODY, AuditLog, Origin
 from app.observability.logs import get_logger, short
 from app.observability.metrics import Metrics
 from app.store.base import Swept
@@ -16,21 +18,42 @@ class Events:
     """Lifecycle and denials are logged at info, admitted calls at debug. With
     `log_admissions` off, an admission costs two additions and no log record."""
 
-    def __init__(self, metrics: Metrics, *, log_admissions: bool) -> None:
+    def __init__(
+        self, metrics: Metrics, *, log_admissions: bool, audit: AuditLog | None = None
+    ) -> None:
         self._metrics = metrics
+        self._audit = audit
         self._log_admissions = log_admissions
         self._log = get_logger()
 
-    def created(self, agent_id: str, decision: Admitted | Denied) -> None:
+    def started(self) -> None:
+        """The service begins to serve."""
+        if self._audit is not None:
+            self._audit.note("start", "done", NOBODY)
+
+    def stopped(self) -> None:
+        """The service has served its last request."""
+        self._log.info("stopped")
+        if self._audit is not None:
+            self._audit.note("stop", "done", NOBODY)
+
+    def created(self, agent_id: str, decision: Admitted | Denied, origin: Origin) -> None:
         """A session was asked for."""
         if isinstance(decision, Denied):
+            if self._audit is not None:
+                self._audit.note("create", decision.code.value, origin, agent_id=agent_id)
             self._metrics.decisions["create", decision.code.value] += 1
             self._log.info(
                 "session denied", agent_id=short(agent_id), reason=decision.code.value
             )
             return
         session = decision.session
-        self._metrics.decisions["create", "replayed" if decision.replayed else "admitted"] += 1
+        outcome = "replayed" if decision.replayed else "admitted"
+        self._metrics.decisions["create", outcome] += 1
+        if self._audit is not None:
+            self._audit.note(
+                "create", outcome, origin, session_id=session.session_id, session=session
+            )
         if not decision.replayed:
             self._metrics.created += 1
             self._log.info(
@@ -47,10 +70,13 @@ class Events:
         session_id: str,
         admission: Admission,
         decision: Admitted | Denied,
+        origin: Origin,
         *,
         dry_run: bool,
     ) -> None:
         """Calls were asked for."""
+        if self._audit is not None:
+            self._audit.note_decision(session_id, admission, decision, origin, dry_run=dry_run)
         # Not `.value`, which is a call: every admission passes here.
         operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
         if isinstance(decision, Denied):
@@ -76,8 +102,42 @@ class Events:
                 call_budget=decision.session.grant.call_budget,
             )
 
-    def closed(self, session: Session) -> None:
-        """One session was closed."""
+    def failed(
+        self,
+        event: str,
+        error: ArbiterError,
+        origin: Origin,
+        *,
+        session_id: str = "",
+        agent_id: str = "",
+        admission: Admission | None = None,
+    ) -> None:
+        """Something was asked for, and it is not known whether it was done."""
+        if self._audit is not None and isinstance(error, TransientError):
+            self._audit.note(
+                event,
+                error.code,
+                origin,
+                session_id=session_id,
+                agent_id=agent_id,
+                admission=admission,
+            )
+
+    def closed(self, session_id: str, outcome: Session | Denied, origin: Origin) -> None:
+        """A session was to be closed."""
+        if isinstance(outcome, Denied):
+            if self._audit is not None:
+                self._audit.note(
+                    "close",
+                    outcome.code.value,
+                    origin,
+                    session_id=session_id,
+                    session=outcome.session,
+                )
+            return
+        session = outcome
+        if self._audit is not None:
+            self._audit.note("close", "done", origin, session_id=session_id, session=session)
         self._metrics.ended["closed"] += 1
         self._log.info(
             "session closed",
@@ -86,8 +146,10 @@ class Events:
             calls_made=session.calls_made,
         )
 
-    def agent_closed(self, agent_id: str, closed: int) -> None:
+    def agent_closed(self, agent_id: str, closed: int, origin: Origin) -> None:
         """The kill switch was used."""
+        if self._audit is not None:
+            self._audit.note("close_agent", "done", origin, agent_id=agent_id, number=closed)
         self._metrics.ended["agent_closed"] += closed
         self._log.info("agent closed", agent_id=short(agent_id), closed=closed)
 
@@ -99,6 +161,8 @@ class Events:
         """A whole sweep is done."""
         self._metrics.sweeps.observe(duration_secs)
         if removed:
+            if self._audit is not None:
+                self._audit.note("sweep", "done", NOBODY, number=removed)
             self._log.info("sessions swept", removed=removed)
 
     def sweep_failed(self) -> None:

@@ -68,6 +68,7 @@ class Counts(msgspec.Struct):
     sweeps: tuple[list[int], float]
     refused: dict[str, int]
     loop_lag: tuple[list[int], float]
+    audit_dropped: int
     connections: int
     requests_in_flight: int
 
@@ -83,6 +84,7 @@ class Metrics:
         self.sweeps = Histogram(SWEEP_BUCKETS_SECS)
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.loop_lag = Histogram(LAG_BUCKETS_SECS)
+        self.audit_dropped = 0
         self.connections = 0
         self.requests_in_flight = 0
 
@@ -105,6 +107,7 @@ class Metrics:
             (self.sweeps.counts, self.sweeps.total),
             self.refused,
             (self.loop_lag.counts, self.loop_lag.total),
+            self.audit_dropped,
             self.connections,
             self.requests_in_flight,
         )
@@ -122,6 +125,7 @@ class Metrics:
         for reason, count in counts.refused.items():
             self.refused[reason] += count
         self.loop_lag.add(*counts.loop_lag)
+        self.audit_dropped += counts.audit_dropped
         self.connections += counts.connections
         self.requests_in_flight += counts.requests_in_flight
 
@@ -181,6 +185,11 @@ class Metrics:
         for code, count in self.refused.items():
             refused.add_metric((code,), count)
         yield refused
+        yield CounterMetricFamily(
+            "arbiter_audit_dropped",
+            "Lines that the audit log has lost: it could not be written as fast as needed.",
+            value=self.audit_dropped,
+        )
         yield GaugeMetricFamily(
             "arbiter_http_connections", "Open connections.", self.connections
         )

@@ -1,0 +1,320 @@
+"""The audit log: one JSON line for every decision and every change in a session's life.
+
+The request only appends to a list in memory. A thread of its own turns entries into lines and
+writes them, a few at a time, so that it never keeps the event loop from the interpreter for
+long. If what it writes to is slower than what happens, or fails, the list is bounded: what
+finds no place is counted, and the log itself says how much is missing, where.
+
+A session id is a capability, so that none is written whole: the log has its first characters,
+and its SHA-256 for whoever knows the id and looks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import sha256
+from types import FrameType
+from typing import NamedTuple
+
+import msgspec
+
+from app.domain.admission import Admission, Admitted, Denied
+from app.domain.errors import AuditUnusable
+from app.domain.session import Session
+from app.observability.logs import get_logger, short
+from app.observability.metrics import Metrics
+
+STDOUT = "stdout"
+MAX_WAITING = 65_536
+"""Entries that wait to be written, a few hundred bytes each."""
+
+LINES_AT_ONCE = 64
+WRITE_EVERY_SECS = 0.1
+RETRY_SECS = 1.0
+CLOSE_WITHIN_SECS = 5.0
+
+
+class Origin(NamedTuple):
+    """Who asked, and in which request."""
+
+    caller: str
+    """The name of the API key; empty where the service needs none."""
+    request_id: str
+
+
+NOBODY = Origin("", "")
+"""The service itself."""
+
+
+class Counters(msgspec.Struct):
+    """The counters of a session at one moment."""
+
+    calls_made: int
+    rate_window_calls: int
+
+
+class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What is written; a field that says nothing is left out."""
+
+    at: str
+    """RFC 3339, UTC."""
+    event: str
+    """`create`, `call`, `batch`, `close`, `close_agent`, `sweep`, `start`, `stop` or `lost`."""
+    outcome: str = ""
+    """`admitted`, `replayed`, `done`, or the code of the denial or of the problem."""
+    caller: str = ""
+    request_id: str = ""
+    session: str = ""
+    session_sha256: str = ""
+    agent_id: str = ""
+    tools: tuple[str, ...] = ()
+    data_sensitivity: str = ""
+    dry_run: bool = False
+    violations: tuple[str, ...] = ()
+    before: Counters | None = None
+    after: Counters | None = None
+    count: int | None = None
+    """Of sessions or, if `lost`, of lines."""
+
+
+class Entry(NamedTuple):
+    """What happened, as it is noted while a request waits."""
+
+    at: float
+    event: str
+    outcome: str
+    origin: Origin
+    session_id: str = ""
+    agent_id: str = ""
+    admission: Admission | None = None
+    session: Session | None = None
+    """As the decision left it."""
+    counted: int = 0
+    """Calls by which its counters grew."""
+    dry_run: bool = False
+    violations: tuple[str, ...] = ()
+    number: int | None = None
+    """Of sessions or lines that this is about."""
+
+
+class AuditLog:
+    """Writes entries to `target`, a file's path or `stdout`. The file is made for its owner
+    only, and appended to; several processes can share it."""
+
+    def __init__(
+        self, target: str, metrics: Metrics, now: Callable[[], float] = time.time
+    ) -> None:
+        self._target = target
+        self._metrics = metrics
+        self._now = now
+        self._waiting: deque[Entry] = deque()
+        self._told_lost = 0
+        self._unwritten = b""
+        self._file = -1
+        self._failing = False
+        self._reopen = False
+        self._closing = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+
+    def open(self) -> None:
+        """Begin. Raises `AuditUnusable` if the file cannot be written to."""
+        try:
+            self._file = self._opened()
+        except OSError as error:
+            raise AuditUnusable(
+                f"cannot write the audit log {self._target}: {error.strerror}"
+            ) from error
+        self._thread.start()
+
+    def reopen(self) -> None:
+        """Go on in a new file where the old one was, which has been moved away."""
+        self._reopen = True
+        self._wake.set()
+
+    async def aclose(self) -> None:
+        """Write what waits, for some seconds at most, and end."""
+        self._closing = True
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join, CLOSE_WITHIN_SECS)
+        left = len(self._waiting) + self._unwritten.count(b"\n")
+        if left:
+            self._lose(left)
+            get_logger().error("audit log not written to its end", lines=left)
+
+    # In the event loop.
+
+    def note(self, event: str, outcome: str, origin: Origin, **details: object) -> None:
+        """Note something that is not an admission."""
+        self._add(Entry(self._now(), event, outcome, origin, **details))  # type: ignore[arg-type]
+
+    def note_decision(
+        self,
+        session_id: str,
+        admission: Admission,
+        decision: Admitted | Denied,
+        origin: Origin,
+        *,
+        dry_run: bool,
+    ) -> None:
+        """Note what was decided about calls."""
+        operation = admission.operation.value
+        if isinstance(decision, Denied):
+            entry = Entry(
+                self._now(),
+                operation,
+                decision.code.value,
+                origin,
+                session_id,
+                admission=admission,
+                session=decision.session,
+                dry_run=dry_run,
+                violations=tuple(each.code.value for each in decision.violations),
+            )
+        else:
+            replayed = decision.replayed
+            entry = Entry(
+                self._now(),
+                operation,
+                "replayed" if replayed else "admitted",
+                origin,
+                session_id,
+                admission=admission,
+                session=decision.session,
+                counted=0 if replayed else len(admission.tool_names),
+                dry_run=dry_run,
+            )
+        self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(entry)
+        else:
+            self._lose(1)
+
+    def _lose(self, lines: int) -> None:
+        self._metrics.audit_dropped += lines
+
+    # In the thread.
+
+    def _run(self) -> None:
+        while not (self._closing and not self._waiting and not self._unwritten):
+            if self._reopen:
+                self._try_to_reopen()
+            if not self._waiting and not self._unwritten:
+                self._wake.wait(WRITE_EVERY_SECS)
+                self._wake.clear()
+            elif not self._try_to_write():
+                if self._closing:
+                    break
+                self._wake.wait(RETRY_SECS)
+                self._wake.clear()
+        if self._target != STDOUT:
+            os.close(self._file)
+
+    def _opened(self) -> int:
+        if self._target == STDOUT:
+            return sys.stdout.fileno()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.open(self._target, flags, 0o600)
+
+    def _try_to_reopen(self) -> None:
+        self._reopen = False
+        if self._target == STDOUT:
+            return
+        try:
+            new = self._opened()
+        except OSError as error:
+            get_logger().error("audit log cannot be reopened", reason=error.strerror)
+            return
+        # What is half written belongs to the old file.
+        self._try_to_write()
+        os.close(self._file)
+        self._file = new
+
+    def _try_to_write(self) -> bool:
+        """Write a few lines; whether that went well."""
+        if not self._unwritten:
+            self._unwritten = self._next_lines()
+        try:
+            while self._unwritten:
+                written = os.write(self._file, self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except OSError as error:
+            if not self._failing:
+                get_logger().error("audit log cannot be written", reason=error.strerror)
+            self._failing = True
+            return False
+        if self._failing:
+            get_logger().info("audit log is written again")
+        self._failing = False
+        return True
+
+    def _next_lines(self) -> bytes:
+        number = min(LINES_AT_ONCE, len(self._waiting))
+        lines = [_line(self._waiting.popleft()) for _ in range(number)]
+        lost = self._metrics.audit_dropped - self._told_lost
+        if lost and len(self._waiting) < MAX_WAITING // 2:
+            self._told_lost += lost
+            lines.append(_line(Entry(self._now(), "lost", "", NOBODY, number=lost)))
+        return _ENCODER.encode_lines(lines)
+
+
+@contextmanager
+def upon_sighup(audit: AuditLog | None) -> Iterator[None]:
+    """Reopen the log at SIGHUP, which without one does nothing: its default would end the
+    process."""
+    if threading.current_thread() is not threading.main_thread():
+        # A test runs the lifespan beside another event loop.
+        yield
+        return
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        if audit is not None:
+            audit.reopen()
+
+    before = signal.signal(signal.SIGHUP, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def _line(entry: Entry) -> Line:
+    line = Line(
+        at=datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="microseconds"),
+        event=entry.event,
+        outcome=entry.outcome,
+        caller=entry.origin.caller,
+        request_id=entry.origin.request_id,
+        agent_id=entry.agent_id,
+        dry_run=entry.dry_run,
+        violations=entry.violations,
+        count=entry.number,
+    )
+    if entry.session_id:
+        line.session = short(entry.session_id)
+        line.session_sha256 = sha256(entry.session_id.encode()).hexdigest()
+    if entry.admission is not None:
+        line.tools = entry.admission.tool_names
+        line.agent_id = entry.admission.agent_id or ""
+        line.data_sensitivity = entry.admission.data_sensitivity or ""
+    session = entry.session
+    if session is not None:
+        line.agent_id = session.grant.agent_id
+        made, in_window = session.calls_made, session.rate_window_calls
+        line.before = Counters(made - entry.counted, in_window - entry.counted)
+        line.after = line.before if entry.dry_run else Counters(made, in_window)
+    return line

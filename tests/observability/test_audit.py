@@ -1,0 +1,303 @@
+"""The audit log: what is written, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.api.auth import Scope, new_key
+from app.observability import audit as audit_module
+from app.observability.audit import NOBODY, AuditLog, Origin
+from app.observability.metrics import Metrics
+from tests import engines
+from tests.engines import until
+from tests.services import ROOT, Service, StartService
+from tests.support import session_request
+
+AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class Audited:
+    """A service with an audit log and two callers."""
+
+    def __init__(self, start_service: StartService, folder: Path, **variables: str) -> None:
+        self.file = folder / "audit.log"
+        gate, self._gate = new_key("gate", Scope.PROXY)
+        ops, self._ops = new_key("ops", Scope.OPERATE)
+        self.service: Service = start_service(
+            ARBITER_AUDIT_LOG=str(self.file), ARBITER_API_KEYS=f"{gate},{ops}", **variables
+        )
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        operates = method != "POST"
+        token = self._ops if operates else self._gate
+        headers = {"authorization": f"Bearer {token}", "x-request-id": "mine"} | headers
+        return httpx.request(method, self.service.url + path, json=body, headers=headers)
+
+    def stop(self) -> list[dict[str, Any]]:
+        """What has been written when the service has stopped."""
+        assert self.service.stop() == 0
+        return lines(self.file)
+
+
+@pytest.mark.parametrize("lane", ["true", "false"], ids=["fast", "framework"])
+def test_every_decision_and_every_change_is_a_line(
+    start_service: StartService, tmp_path: Path, lane: str
+) -> None:
+    audited = Audited(start_service, tmp_path, ARBITER_FAST_LANE=lane)
+    wanted = session_request(call_budget=3, agent_id=AGENT)
+    path = audited.ask("POST", "/sessions", wanted).headers["location"]
+    call = {"tool_name": "read_file"}
+    audited.ask("POST", f"{path}/calls", call)
+    audited.ask("POST", f"{path}/calls", {"tool_name": "rm", "data_sensitivity": "restricted"})
+    audited.ask("POST", f"{path}/batch", {"tool_names": ["read_file", "read_file"]})
+    audited.ask("POST", f"{path}/calls?dry_run=true", call)
+    for _ in range(2):
+        audited.ask("DELETE", path)
+    audited.ask("POST", f"/sessions/{AGENT}/calls", call)
+    audited.ask("DELETE", f"/agents/{AGENT}/sessions")
+
+    written = audited.stop()
+
+    session_id = path.removeprefix("/sessions/")
+    told = [(each["event"], each["outcome"]) for each in written]
+    assert told == [
+        ("start", "done"),
+        ("create", "admitted"),
+        ("call", "admitted"),
+        ("call", "tool_not_authorized"),
+        ("batch", "admitted"),
+        ("call", "budget_exceeded"),
+        ("close", "done"),
+        ("close", "session_closed"),
+        ("call", "session_not_found"),
+        ("close_agent", "done"),
+        ("stop", "done"),
+    ]
+    created, first, denied, batch, dry, closed, *_ = written[1:]
+    assert {each.get("session") for each in written[1:8]} == {session_id[:8]}
+    assert first["session_sha256"] == sha256(session_id.encode()).hexdigest()
+    assert (created["caller"], created["agent_id"]) == ("gate", AGENT)
+    assert (first["caller"], first["request_id"]) == ("gate", "mine")
+    assert first["tools"] == ["read_file"]
+    assert first["before"] == {"calls_made": 0, "rate_window_calls": 0}
+    assert first["after"] == {"calls_made": 1, "rate_window_calls": 1}
+    assert denied["violations"] == ["tool_not_authorized", "sensitivity_exceeded"]
+    assert denied["data_sensitivity"] == "restricted"
+    assert denied["before"] == denied["after"] == first["after"]
+    assert (batch["before"]["calls_made"], batch["after"]["calls_made"]) == (1, 3)
+    assert dry["dry_run"]
+    assert dry["before"] == dry["after"] == batch["after"]
+    assert closed["caller"] == "ops"
+    assert written[9]["count"] == 0
+    assert session_id not in audited.file.read_text()
+
+
+def test_a_dry_run_that_would_be_admitted_changes_no_counter(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    audited = Audited(start_service, tmp_path)
+    path = audited.ask("POST", "/sessions", session_request()).headers["location"]
+    audited.ask("POST", f"{path}/calls?dry_run=true", {"tool_name": "read_file"})
+
+    (dry,) = [each for each in audited.stop() if each.get("dry_run")]
+
+    assert dry["outcome"] == "admitted"
+    assert dry["before"] == dry["after"] == {"calls_made": 0, "rate_window_calls": 0}
+
+
+def test_a_replay_is_a_line_that_counts_nothing(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    audited = Audited(start_service, tmp_path)
+    path = audited.ask("POST", "/sessions", session_request()).headers["location"]
+    for _ in range(2):
+        audited.ask(
+            "POST", f"{path}/calls", {"tool_name": "read_file"}, **{"idempotency-key": "k"}
+        )
+
+    *_, replayed, _ = audited.stop()
+
+    assert replayed["outcome"] == "replayed"
+    assert replayed["before"] == replayed["after"]
+
+
+def test_what_the_store_could_not_answer_is_a_line(
+    start_service: StartService, tmp_path: Path, server: engines.Server
+) -> None:
+    audited = Audited(start_service, tmp_path, ARBITER_STORE_URL=server.url)
+    path = audited.ask("POST", "/sessions", session_request()).headers["location"]
+    server.pause()
+    refused = audited.ask("POST", f"{path}/calls", {"tool_name": "read_file"})
+    server.resume()
+
+    *_, failed, _ = audited.stop()
+
+    assert refused.status_code == 503
+    assert (failed["event"], failed["outcome"]) == ("call", "store_unavailable")
+    assert failed["tools"] == ["read_file"]
+
+
+def test_sweeps_are_lines(start_service: StartService, tmp_path: Path) -> None:
+    audited = Audited(
+        start_service,
+        tmp_path,
+        ARBITER_CLEANUP_INTERVAL_SECS="0.05",
+        ARBITER_RETENTION_SECS="0",
+    )
+    audited.ask("POST", "/sessions", session_request(time_limit_secs=0))
+    until(lambda: any(each["event"] == "sweep" for each in lines(audited.file)))
+
+    (swept,) = [each for each in audited.stop() if each["event"] == "sweep"]
+
+    assert swept["count"] == 1
+
+
+def test_nobody_else_can_read_the_file(start_service: StartService, tmp_path: Path) -> None:
+    audited = Audited(start_service, tmp_path)
+
+    assert audited.file.stat().st_mode & 0o777 == 0o600
+
+
+def test_sighup_goes_on_in_a_new_file(start_service: StartService, tmp_path: Path) -> None:
+    audited = Audited(start_service, tmp_path)
+    audited.ask("POST", "/sessions", session_request())
+    until(lambda: len(lines(audited.file)) == 2)
+    moved = audited.file.rename(tmp_path / "audit.log.1")
+    audited.service.process.send_signal(1)
+    until(audited.file.exists)
+
+    audited.ask("POST", "/sessions", session_request())
+    written = audited.stop()
+
+    assert [each["event"] for each in lines(moved)] == ["start", "create"]
+    assert [each["event"] for each in written] == ["create", "stop"]
+
+
+def test_sighup_without_an_audit_log_does_nothing(start_service: StartService) -> None:
+    service = start_service()
+    service.process.send_signal(1)
+
+    assert httpx.get(f"{service.url}/livez").status_code == 200
+    assert service.stop() == 0
+
+
+def test_stdout_has_the_lines_and_nothing_else(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app"],
+        cwd=ROOT,
+        env=os.environ | {"ARBITER_AUDIT_LOG": "stdout", "ARBITER_PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    first = json.loads(process.stdout.readline())
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+
+    assert first["event"] == "start"
+    assert json.loads(rest)["event"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("/nowhere/audit.log", "cannot write the audit log /nowhere/audit.log: No such file"),
+        ("/", "cannot write the audit log /: Is a directory"),
+        ("audit.log", "ARBITER_AUDIT_LOG: give the absolute path of a file, or stdout"),
+        ("", "ARBITER_AUDIT_LOG: give the absolute path of a file, or stdout"),
+    ],
+)
+def test_where_it_cannot_be_written_the_service_does_not_start(
+    target: str, reason: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "app"],
+        cwd=ROOT,
+        env=os.environ | {"ARBITER_AUDIT_LOG": target, "ARBITER_PORT": "0"},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+
+    assert ended.returncode != 0
+    assert f"arbiter: {reason}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.anyio
+async def test_a_full_disk_loses_no_more_than_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full fails as a full disk does; the log goes on when there is room again."""
+    monkeypatch.setattr(audit_module, "MAX_WAITING", 100)
+    monkeypatch.setattr(audit_module, "RETRY_SECS", 0.01)
+    metrics = Metrics()
+    log = AuditLog("/dev/full", metrics)
+    log.open()
+    log.note("create", "admitted", Origin("gate", "0"))
+    until(lambda: log._failing)
+    for number in range(1, 500):
+        log.note("create", "admitted", Origin("gate", str(number)))
+    assert metrics.audit_dropped == 399
+
+    # What was half written belongs to the file that is full.
+    log._target = str(tmp_path / "audit.log")
+    log.reopen()
+    until(lambda: Path(log._target).exists() and not log._waiting)
+    await log.aclose()
+
+    written = lines(Path(log._target))
+    kept = [each["request_id"] for each in written if each["event"] == "create"]
+    (lost,) = [each["count"] for each in written if each["event"] == "lost"]
+    assert kept == [str(number) for number in range(101)]
+    assert lost == metrics.audit_dropped == 399
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_written_at_the_stop_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = Metrics()
+    log = AuditLog("/dev/full", metrics)
+    log.open()
+    for _ in range(3):
+        log.note("create", "admitted", NOBODY)
+    await log.aclose()
+
+    assert metrics.audit_dropped == 3
+
+
+@pytest.mark.anyio
+async def test_a_reader_that_stops_reading_stops_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "CLOSE_WITHIN_SECS", 0.1)
+    metrics = Metrics()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = AuditLog(str(pipe), metrics)
+    log.open()
+    for number in range(100_000):
+        log.note("create", "admitted", Origin("gate", str(number)))
+
+    await log.aclose()
+
+    # A pipe holds 64 KiB; the rest is said to be lost.
+    assert 98_000 < metrics.audit_dropped < 100_000
+    os.close(reader)
