@@ -30,7 +30,8 @@ bench-quick: .venv/dev
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/dev
 	$(COMPILE) --output-file requirements.lock pyproject.toml
-	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra opentelemetry --constraint requirements.lock --output-file requirements-opentelemetry.lock pyproject.toml
+	$(COMPILE) --extra dev --constraint requirements-opentelemetry.lock --output-file requirements-dev.lock pyproject.toml
 
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 

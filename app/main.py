@@ -28,6 +28,7 @@ from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
+from app.observability.tracing import add_trace_ids, open_tracing
 from app.observability.workers import SharedMetrics
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
@@ -48,7 +49,9 @@ def create_app(settings: Settings) -> ASGIApp:
 def create_framework(settings: Settings, store: SessionStore | None = None) -> FastAPI:
     """The service without its fast lane, over `store` if one is given. The store is opened
     when the application starts, and closed when it stops."""
-    configure_logs(settings.log_format, settings.log_level)
+    tracing = open_tracing()
+    more = [] if tracing is None else [add_trace_ids]
+    configure_logs(settings.log_format, settings.log_level, *more)
     store_limits = StoreLimits(
         retention_secs=settings.retention_secs,
         max_sessions=settings.max_sessions,
@@ -104,7 +107,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    return build_application(service, authenticator, shared_metrics, lifespan)
+    return build_application(service, authenticator, shared_metrics, lifespan, tracing)
 
 
 @contextmanager

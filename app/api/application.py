@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from opentelemetry.trace import TracerProvider
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -27,6 +28,9 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
 _ROUTERS = (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate)
 
+_UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
+"""Asked again and again, by machines."""
+
 MAX_FIELD_ERRORS = 20
 """Field errors that one answer lists."""
 
@@ -36,6 +40,7 @@ def build_application(
     authenticator: Authenticator,
     metrics: SharedMetrics,
     lifespan: Lifespan | None = None,
+    tracing: TracerProvider | None = None,
 ) -> FastAPI:
     """The framework lane: the whole service, but for the fast lane in front of it."""
     app = FastAPI(
@@ -45,7 +50,18 @@ def build_application(
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry={
+            "tracer_provider": tracing,
+            "tracing": tracing is not None,
+            "auto_configure": tracing is not None,
+            # Prometheus has the metrics, of both lanes; the logs have what goes wrong.
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "exclude": lambda scope: scope.get("path") in _UNTRACED,
+        },
     )
+    app.state.tracing = tracing
     app.state.service = service
     app.state.authenticator = authenticator
     app.state.metrics = metrics.own

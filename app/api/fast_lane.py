@@ -11,10 +11,12 @@ import re
 import time
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import __version__
 from app.api import auth
-from app.api.answers import admitted_answer
+from app.api.answers import Answer, admitted_answer
 from app.api.direct_send import send_directly
 from app.api.envelope import (
     Failure,
@@ -25,11 +27,12 @@ from app.api.envelope import (
 )
 from app.api.problems import denied_answer
 from app.api.strict import MAX_BODY_BYTES
-from app.domain.admission import Admitted, Denied
+from app.domain.admission import Denied
 from app.domain.session import DataSensitivity
 from app.domain.tools import MAX_BATCH
 from app.observability.audit import Origin
 from app.observability.metrics import Metrics
+from app.observability.tracing import end_with, server_span
 from app.service import SessionService
 
 CALLS = "/sessions/{session_id}/calls"
@@ -70,6 +73,8 @@ class FastLane:
         self._service: SessionService = framework.state.service
         self._authenticator: auth.Authenticator = framework.state.authenticator
         self._metrics: Metrics = framework.state.metrics
+        tracing: TracerProvider | None = framework.state.tracing
+        self._tracer = None if tracing is None else tracing.get_tracer("arbiter", __version__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or hand it on."""
@@ -97,20 +102,16 @@ class FastLane:
             await self._app(scope, _replay(read, receive), send)
             return
         request_id = accept_request_id(headers.get(b"x-request-id"))
-        try:
-            origin = Origin(caller.name, request_id)
-            decision = await self._decide(path[1], match, origin, is_batch=is_batch)
-        except Failure as error:
-            answer = failed_answer(error, request_id)
+        route = BATCH if is_batch else CALLS
+        if self._tracer is None:
+            answer = await self._answer(path[1], match, headers, caller.name, request_id)
         else:
-            if isinstance(decision, Denied):
-                answer = denied_answer(decision, request_id)
-            else:
-                answer = admitted_answer(decision, minimal=b"prefer" in headers)
+            with server_span(self._tracer, "POST", route, path[0], headers) as span:
+                answer = await self._answer(path[1], match, headers, caller.name, request_id)
+                end_with(span, answer.status)
         common = common_headers(request_id)
         if not send_directly(send, answer, common):
             await send_answer(send, answer, common)
-        route = BATCH if is_batch else CALLS
         durations = self._metrics.request("POST", route, answer.status)
         durations.observe(time.perf_counter() - started)
 
@@ -132,25 +133,42 @@ class FastLane:
             return None
         return caller if caller.may(_SCOPES) else None
 
-    async def _decide(
-        self, session_id: str, match: re.Match[bytes], origin: Origin, *, is_batch: bool
-    ) -> Admitted | Denied:
+    async def _answer(
+        self,
+        session_id: str,
+        match: re.Match[bytes],
+        headers: dict[bytes, bytes],
+        caller: str,
+        request_id: str,
+    ) -> Answer:
         listed, agent_id, tier = match.groups()
         agent = None if agent_id is None else agent_id.decode("ascii").lower()
         data_sensitivity = None if tier is None else _TIERS[tier]
         # Names have no quotes in them, so that quotes only delimit them.
         names = listed.decode("ascii").split('"')[1::2]
-        if is_batch:
-            return await self._service.record_batch(
-                session_id,
-                tuple(names),
-                origin,
-                agent_id=agent,
-                data_sensitivity=data_sensitivity,
-            )
-        return await self._service.record_call(
-            session_id, names[0], origin, agent_id=agent, data_sensitivity=data_sensitivity
-        )
+        origin = Origin(caller, request_id)
+        try:
+            if match.re is _BATCH_BODY:
+                decision = await self._service.record_batch(
+                    session_id,
+                    tuple(names),
+                    origin,
+                    agent_id=agent,
+                    data_sensitivity=data_sensitivity,
+                )
+            else:
+                decision = await self._service.record_call(
+                    session_id,
+                    names[0],
+                    origin,
+                    agent_id=agent,
+                    data_sensitivity=data_sensitivity,
+                )
+        except Failure as error:
+            return failed_answer(error, request_id)
+        if isinstance(decision, Denied):
+            return denied_answer(decision, request_id)
+        return admitted_answer(decision, minimal=b"prefer" in headers)
 
 
 def _plain_path(scope: Scope) -> re.Match[str] | None:

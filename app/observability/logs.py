@@ -32,11 +32,12 @@ def _escape_controls(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
+def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Processor) -> None:
     """Send the service's and uvicorn's logs to standard error in one format."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *more_processors,
     ]
     rendered: list[Processor]
     if log_format == "json":
