@@ -3,8 +3,10 @@
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /venv
-COPY requirements.lock .
-RUN /venv/bin/pip install --require-hashes --requirement requirements.lock
+# requirements-opentelemetry.lock adds traces.
+ARG REQUIREMENTS=requirements.lock
+COPY requirements*.lock .
+RUN /venv/bin/pip install --require-hashes --requirement "$REQUIREMENTS"
 
 FROM python:3.11-slim
 # A volume at /data takes over the owner of the folder.
@@ -18,7 +20,8 @@ ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     ARBITER_HOST=0.0.0.0 \
-    ARBITER_PORT=8000
+    ARBITER_PORT=8000 \
+    ARBITER_SHUTDOWN_DELAY_SECS=5
 EXPOSE 8000
 # No curl in the image: the interpreter asks.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
