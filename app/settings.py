@@ -42,7 +42,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
-    store_url: str = "memory://"
+    store_url: Annotated[str, Field(repr=False)] = "memory://"
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
     allow_unauthenticated: bool = False
     cleanup_interval_secs: Annotated[float, Field(gt=0, le=86_400)] = 60

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +17,8 @@ import httpx
 
 ROOT = Path(__file__).parent.parent
 START_SECS = 30
+ADDRESS = re.compile(r'address(?:": "|=)(http://[^\s"]+)')
+"""As the first line of the log has it, in either format."""
 
 
 class Service:
@@ -79,8 +81,8 @@ def running(**variables: str) -> Iterator[Service]:
         assert process.stderr is not None
         for line in process.stderr:
             service.log.append(line)
-            if '"event": "starting"' in line:
-                service.url = json.loads(line)["address"]
+            if not service.url and (address := ADDRESS.search(line)):
+                service.url = address[1]
                 ready.set()
         ready.set()
 
