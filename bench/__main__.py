@@ -16,9 +16,11 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.durable import compare_stores, row_name, starting
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
+from bench.overload import IDLE_CONNECTIONS, Overload, beside_idle, overload
 from bench.report import Required, load_row, median, plot, ratio
 from bench.servers import BATCH_SIZE, batches, ours, peer
 from bench.shared import CONNECTIONS as SHARED_CONNECTIONS
@@ -26,6 +28,8 @@ from bench.shared import MEMORY, ONE, compare_shared
 
 PLOT = Path(__file__).parent / "live_sessions.svg"
 WARM_UP_SECS = 1.0
+OVERLOAD_SECS = 30.0
+AUDITED = "Arbiter, audit log"
 
 
 def take_turns(
@@ -51,6 +55,9 @@ def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
             "naive FastAPI": stack.enter_context(peer("naive_fastapi", scratch)),
             "Arbiter": fast,
             "Arbiter, no fast lane": stack.enter_context(ours(scratch, fast_lane=False)),
+            AUDITED: stack.enter_context(
+                ours(scratch, ARBITER_AUDIT_LOG=str(scratch / "audit.log"))
+            ),
             f"Arbiter, batches of {BATCH_SIZE}": batches(fast, scratch),
         }
         return take_turns(contestants, rounds, secs, scratch)
@@ -78,14 +85,21 @@ def in_process(sessions: int) -> dict[str, float]:
     return found
 
 
-def required(
-    turns: dict[str, list[Load]],
-    stores: dict[str, list[Load]],
-    shared: dict[str, list[Load]],
-    sizes: dict[int, Load],
-    parts: dict[str, float],
-) -> list[Required]:
+class Found(NamedTuple):
+    """What a whole run found."""
+
+    turns: dict[str, list[Load]]
+    stores: dict[str, list[Load]]
+    shared: dict[str, list[Load]]
+    sizes: dict[int, Load]
+    parts: dict[str, float]
+    overloaded: Overload
+    idle: float
+
+
+def required(found: Found) -> list[Required]:
     """What must be reached, and whether it was."""
+    turns, stores, shared, sizes, parts, overloaded, idle = found
     batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
     few, many = min(sizes), max(sizes)
     return [
@@ -125,6 +139,18 @@ def required(
             ratio(shared[ONE], shared[MEMORY]),
             0.35,
         ),
+        Required(
+            "p99 of the admitted at twice the capacity ÷ at the capacity",
+            overloaded.ratio,
+            3,
+            at_most=True,
+        ),
+        Required(
+            f"p99 beside {IDLE_CONNECTIONS} idle connections ÷ without",
+            idle,
+            1.3,
+            at_most=True,
+        ),
     ]
 
 
@@ -161,6 +187,9 @@ def main() -> int:
         start = starting(sizes[-1], scratch)
         print("live sessions", file=sys.stderr)
         by_size = grow(sizes, rounds, secs, scratch)
+        print("overload", file=sys.stderr)
+        overloaded = overload(scratch, secs if quick else OVERLOAD_SECS)
+        idle = beside_idle(scratch, rounds, secs)
     print("in process", file=sys.stderr)
     parts = in_process(sizes[-1])
 
@@ -178,12 +207,16 @@ def main() -> int:
     print("\n| live sessions | calls/s | p99, ms |\n|---|---|---|")
     for size, load in by_size.items():
         print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
+    print("\n| offered | calls/s | admitted | p99, ms | refused | p99, ms |")
+    print("|---|---|---|---|---|---|")
+    print(overloaded.capacity.row("the capacity"))
+    print(overloaded.twice.row("twice that"))
     print("\n| in process | |\n|---|---|")
     for part, value in (parts | start).items():
         print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
     print("\n| must reach | found | bound | |\n|---|---|---|---|")
-    for each in required(turns, stores, shared, by_size, parts):
-        print(each.row())
+    for figure in required(Found(turns, stores, shared, by_size, parts, overloaded, idle)):
+        print(figure.row())
     if not quick:
         plot(by_size, PLOT)
     return 0

@@ -1,8 +1,8 @@
-"""More calls than the service can take: an open-loop client, which sends at a rate of its own
-and does not wait for answers, so that what is slow cannot slow it down.
+"""More calls than the service can take, and clients that only hold connections.
 
-`python -m bench.overload PORT RATE SECS CONNECTIONS` prints what came back. Latency counts
-from when a request was due, not from when it could be sent.
+The calls come from an open-loop client, which sends at a rate of its own and does not wait for
+answers, so that what is slow cannot slow it down. `python -m bench.overload PORT RATE SECS`
+prints what came back. Latency counts from when a request was due, not from when it was sent.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ import asyncio
 import json
 import os
 import random
+import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import uvloop
 
-from bench.load import LOAD_CORE, Target, pinned
+from bench.load import LOAD_CORE, Target, pinned, press
+from bench.servers import ours
 
 TICK_SECS = 0.001
 CONNECTIONS = 1024
+IDLE_CONNECTIONS = 500
 
 
 class Offered(NamedTuple):
@@ -36,6 +41,13 @@ class Offered(NamedTuple):
     p99_ms: float
     """Of the admitted."""
     refused_p99_ms: float
+
+    def row(self, name: str) -> str:
+        """A line of the table."""
+        return (
+            f"| {name} | {self.offered:,.0f} | {self.admitted:,.0f} | {self.p99_ms:.1f} "
+            f"| {self.refused:,.0f} | {self.refused_p99_ms:.1f} |"
+        )
 
 
 def offer(target: Target, rate: float, secs: float) -> Offered:
@@ -55,6 +67,46 @@ def offer(target: Target, rate: float, secs: float) -> Offered:
         timeout=secs + 60,
     ).stdout
     return Offered(**json.loads(output))
+
+
+class Overload(NamedTuple):
+    """What the service takes, and what it makes of twice that."""
+
+    capacity: Offered
+    twice: Offered
+
+    @property
+    def ratio(self) -> float:
+        """How much longer the admitted take when twice as much is offered."""
+        return self.twice.p99_ms / self.capacity.p99_ms
+
+
+def overload(scratch: Path, secs: float) -> Overload:
+    """Offer as much as the service was found to take, then twice that for some seconds, then
+    as much as it takes again."""
+    with ours(scratch) as target:
+        per_sec = press(target, secs / 5, scratch).per_sec
+        before = offer(target, per_sec, secs / 3)
+        twice = offer(target, 2 * per_sec, secs)
+        after = offer(target, per_sec, secs / 3)
+    mean = [statistics.fmean(pair) for pair in zip(before, after, strict=True)]
+    return Overload(Offered(*mean), twice)
+
+
+def beside_idle(scratch: Path, rounds: int, secs: float) -> float:
+    """The p99 of calls while others hold connections and send nothing, or half a request,
+    divided by that without: the median of rounds that take turns."""
+    ratios = []
+    with ours(scratch) as target:
+        for _ in range(rounds):
+            alone = press(target, secs, scratch)
+            with ExitStack() as stack:
+                for number in range(IDLE_CONNECTIONS):
+                    address = ("127.0.0.1", target.port)
+                    held = stack.enter_context(socket.create_connection(address))
+                    held.sendall(b"GET /livez HTTP/1.1\r\n" if number % 2 else b"")
+                ratios.append(press(target, secs, scratch).p99_ms / alone.p99_ms)
+    return statistics.median(ratios)
 
 
 class _Connection(asyncio.Protocol):

@@ -76,7 +76,9 @@ def peer(name: str, scratch: Path) -> Iterator[Target]:
 
 
 @contextmanager
-def ours(scratch: Path, *, sessions: int = 1, fast_lane: bool = True) -> Iterator[Target]:
+def ours(
+    scratch: Path, *, sessions: int = 1, fast_lane: bool = True, **variables: str
+) -> Iterator[Target]:
     """The service with production defaults and a key, over a store of so many sessions."""
     port = free_port()
     key, token = new_key("gate", Scope.PROXY)
@@ -87,6 +89,7 @@ def ours(scratch: Path, *, sessions: int = 1, fast_lane: bool = True) -> Iterato
         "/readyz",
         ARBITER_FAST_LANE=str(fast_lane).lower(),
         **_settings(port, str(key), "memory://"),
+        **variables,
     ):
         yield Target(port, paths, CALL, f"Bearer {token}")
 
