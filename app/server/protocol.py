@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -24,27 +23,21 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.api.direct_send import CLOSE, encode_answer
-from app.api.envelope import REQUEST_ID, accept_request_id, common_headers
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, refused_answer
+from app.api.problems import Refused
 from app.api.strict import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
+from app.server import head
 from app.server.gate import HEALTH_PATHS, Gate
-
-MAX_HEADER_FIELDS = 64
-MAX_HEAD_BYTES = 16_384
-"""Request line and header fields together."""
+from app.server.refusals import TurnedAway, refusal
 
 LINGER_SECS = 1.0
 """How long a connection stays half closed, for the client to read why."""
 
-_FIELD_OVERHEAD = len(b": \r\n")
-_VERSIONS = frozenset({"1.0", "1.1"})
 _RARE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
-# A host, of any kind, and perhaps a port (RFC 9110, section 7.2).
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
+_OVERLOADED = ProblemCode.OVERLOADED.value
+_turned_away = TurnedAway()
 
 
 class _StopParsing(Exception):
@@ -115,7 +108,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused is not None:
             return
-        self._large_read = len(data) > MAX_HEAD_BYTES
+        self._large_read = len(data) > head.MAX_BYTES
         try:
             self.parser.feed_data(data)
             cycle = self.cycle
@@ -157,8 +150,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         headers = self.headers
         headers.append((name.lower(), value))
-        if len(headers) > MAX_HEADER_FIELDS:
-            self._stop(ProblemCode.HEADERS_TOO_LARGE)
+        if len(headers) > head.MAX_FIELDS:
+            self._stop(Refused(ProblemCode.HEADERS_TOO_LARGE))
 
     @override
     def on_headers_complete(self) -> None:
@@ -177,53 +170,37 @@ class LimitedProtocol(HttpToolsProtocol):
             or version != "1.1"
             or not _RARE.isdisjoint(fields)
         ):
-            self._check_fields(fields, host, version)
+            self._check_fields(fields, version)
         length = fields.get(b"content-length")
         # The parser has seen to it that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
-            self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
+            self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
         if self._large_read or self._timed is self.scope:
             self._check_head_size()
         super().on_headers_complete()
         # Trailers are not merged into them (RFC 9110, section 6.5.1).
         self.headers = []
 
-    def _check_fields(
-        self, fields: dict[bytes, bytes], host: bytes | None, version: str
-    ) -> None:
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) != 1 and not (version == "1.0" and not hosts):
-            self._stop(
-                ProblemCode.MALFORMED_REQUEST, "Send exactly one Host (RFC 9112, section 3.2)."
-            )
-        if host is not None and not _HOST.fullmatch(host):
-            self._stop(ProblemCode.MALFORMED_REQUEST, "The Host is not valid.")
-        self._valid_host = host or b""
-        coding = fields.get(b"transfer-encoding")
-        if coding is not None:
-            if coding.strip().lower() != b"chunked" or version == "1.0":
-                self._stop(
-                    ProblemCode.MALFORMED_REQUEST,
-                    "The only Transfer-Encoding that is understood is chunked, in HTTP/1.1.",
-                )
+    def _check_fields(self, fields: dict[bytes, bytes], version: str) -> None:
+        fault = head.fault(self.headers, version)
+        if fault is not None:
+            self._stop(fault)
+        self._valid_host = fields.get(b"host", b"")
+        if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
-        if version not in _VERSIONS:
-            self._stop(ProblemCode.MALFORMED_REQUEST)
         self.expect_100_continue = fields.get(b"expect", b"").lower() == b"100-continue"
         self._ends = self._ends or self.parser.should_upgrade()
 
     def _check_head_size(self) -> None:
         # A read holds more than this head. Its fields count as far as they are complete, and
         # of one that is not, what came after the first read.
-        size = len(self.url)
-        for name, value in self.headers:
-            size += len(name) + len(value) + _FIELD_OVERHEAD
-        if max(size, self._later_head_bytes) > MAX_HEAD_BYTES:
-            self._stop(ProblemCode.HEADERS_TOO_LARGE)
+        known = head.size_bytes(self.url, self.headers)
+        if max(known, self._later_head_bytes) > head.MAX_BYTES:
+            self._stop(Refused(ProblemCode.HEADERS_TOO_LARGE))
 
-    def _stop(self, code: ProblemCode, detail: str | None = None) -> NoReturn:
+    def _stop(self, reason: Refused) -> NoReturn:
         """Refuse what is being received."""
-        self._reason = Refused(code, detail)
+        self._reason = reason
         raise _StopParsing
 
     @override
@@ -231,7 +208,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._chunked_bytes is not None:
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
-                self._stop(ProblemCode.PAYLOAD_TOO_LARGE)
+                self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
         if self.cycle is not None and not self._skipping:
             self.cycle.body += body
 
@@ -291,11 +268,10 @@ class LimitedProtocol(HttpToolsProtocol):
         there is least time: it must cost much less than serving."""
         if not keep_alive or self.flow.write_paused:
             self._running = None
-            self._stop(ProblemCode.OVERLOADED)
+            self._stop(Refused(ProblemCode.OVERLOADED))
         self._metrics.refused[_OVERLOADED] += 1
-        request_id = accept_request_id(dict(sent).get(REQUEST_ID)).encode()
         headers = self.server_state.default_headers
-        self.transport.write(request_id.join(_turned_away.parts(len(request_id), headers)))
+        self.transport.write(_turned_away.answer(sent, headers))
         self._set_deadline(self._gate.keep_alive_secs)
 
     def _give_place_back(self, _: object = None) -> None:
@@ -392,50 +368,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def _write_refusal(self, refused: Refused) -> None:
         if self.transport.is_closing():
             return
-        request_id = _request_id(self.scope)
-        answer = refused_answer(refused, request_id)
-        after = [*common_headers(request_id), CLOSE]
-        self.transport.write(encode_answer(answer, self.server_state.default_headers, after))
+        headers = self.server_state.default_headers
+        self.transport.write(refusal(refused, self.scope, headers))
         self._half_close()
 
     def _half_close(self) -> None:
         self._set_deadline(LINGER_SECS)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-
-
-_OVERLOADED = ProblemCode.OVERLOADED.value
-_ID_DIGIT = "~"
-"""Stands for what the request id will be, which has none of it."""
-
-
-class _TurnedAway:
-    """The answer that turns away, ready but for the request id. It is made anew when the
-    server's own headers, of which one is the time, are."""
-
-    def __init__(self) -> None:
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._parts: dict[int, list[bytes]] = {}
-
-    def parts(self, id_length: int, headers: list[tuple[bytes, bytes]]) -> list[bytes]:
-        """What stands around a request id of that length."""
-        if headers is not self._headers:
-            self._headers = headers
-            self._parts.clear()
-        known = self._parts.get(id_length)
-        if known is None:
-            request_id = _ID_DIGIT * id_length
-            answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
-            encoded = encode_answer(answer, headers, common_headers(request_id))
-            known = self._parts[id_length] = encoded.split(request_id.encode())
-        return known
-
-
-_turned_away = _TurnedAway()
-
-
-def _request_id(scope: HTTPScope | None) -> str:
-    """The id that the client sent, as far as its headers have come, or a new one."""
-    headers = [] if scope is None else scope["headers"]
-    sent = [value for name, value in headers if name == REQUEST_ID]
-    return accept_request_id(sent[0] if len(sent) == 1 else None)

@@ -1,0 +1,51 @@
+"""Whole answers, as bytes, to requests that no application sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from uvicorn._types import HTTPScope
+
+from app.api.answers import Headers
+from app.api.direct_send import CLOSE, encode_answer
+from app.api.envelope import REQUEST_ID, accept_request_id, common_headers
+from app.api.problem_types import ProblemCode
+from app.api.problems import Refused, refused_answer
+
+_ID_DIGIT = "~"
+"""Stands for what the request id will be, which has none of it."""
+
+
+def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) -> bytes:
+    """The answer that ends a connection. `scope` is that of the request, as far as it came."""
+    headers = [] if scope is None else scope["headers"]
+    sent = [value for name, value in headers if name == REQUEST_ID]
+    request_id = accept_request_id(sent[0] if len(sent) == 1 else None)
+    answer = refused_answer(refused, request_id)
+    return encode_answer(answer, server_headers, [*common_headers(request_id), CLOSE])
+
+
+class TurnedAway:
+    """The answer that turns away, ready but for the request id: it is given most when there is
+    least time. It is made anew when the server's headers, of which one is the time, are."""
+
+    def __init__(self) -> None:
+        self._headers: Headers = []
+        self._parts: dict[int, list[bytes]] = {}
+
+    def answer(self, fields: Iterable[tuple[bytes, bytes]], server_headers: Headers) -> bytes:
+        """The answer to the request with these header fields."""
+        request_id = accept_request_id(dict(fields).get(REQUEST_ID)).encode()
+        if server_headers is not self._headers:
+            self._headers = server_headers
+            self._parts.clear()
+        parts = self._parts.get(len(request_id))
+        if parts is None:
+            parts = self._parts[len(request_id)] = self._made(len(request_id))
+        return request_id.join(parts)
+
+    def _made(self, id_length: int) -> list[bytes]:
+        request_id = _ID_DIGIT * id_length
+        answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
+        encoded = encode_answer(answer, self._headers, common_headers(request_id))
+        return encoded.split(request_id.encode())
