@@ -19,7 +19,6 @@ LEANT_ON = {
     RequestResponseCycle: "e67d470d435dcc1c",
     FlowControl: "126debcdaa894c83",
     Server.shutdown: "9b33c50562992b1e",
-    Server.handle_exit: "553276efa26e09ea",
 }
 
 
