@@ -93,8 +93,12 @@ def test_ended_sessions_are_swept_while_it_runs(start_service: StartService) -> 
         assert 404 in answers
 
 
-def test_uvicorn_logs_no_session_ids(free_port: int) -> None:
+@pytest.mark.parametrize(
+    "options", [[], ["--http", "app.server.protocol:LimitedProtocol"]], ids=["plain", "limited"]
+)
+def test_uvicorn_serves_and_logs_no_session_ids(free_port: int, options: list[str]) -> None:
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(free_port)]
+    command += options
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -104,11 +108,16 @@ def test_uvicorn_logs_no_session_ids(free_port: int) -> None:
             transport=transport, base_url=f"http://127.0.0.1:{free_port}"
         ) as client:
             session_id = client.post("/sessions", json=session_request()).json()["session_id"]
-            client.post(f"/sessions/{session_id}/calls", json={"tool_name": "read_file"})
+            called = client.post(
+                f"/sessions/{session_id}/calls", json={"tool_name": "read_file"}
+            )
+            large = client.get("/livez", headers={f"x-{n}": "a" for n in range(65)})
     finally:
         process.terminate()
         said, _ = process.communicate(timeout=60)
 
+    assert called.status_code == 200
+    assert large.status_code == (431 if options else 200)
     assert session_id[:8] in said
     assert session_id not in said
 
