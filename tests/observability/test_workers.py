@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ def counted(calls: int) -> Metrics:
     for _ in range(calls):
         metrics.request("POST", "/sessions", 201).observe(0.002)
         metrics.sweeps.observe(0.5)
+        metrics.loop_lag.observe(0.002)
+    metrics.refused["overloaded"] += calls
+    metrics.audit_dropped += calls
+    metrics.connections += calls
+    metrics.requests_in_flight += calls
     return metrics
 
 
@@ -58,6 +65,21 @@ def test_a_worker_that_is_gone_stays_counted(tmp_path: Path) -> None:
         asyncio.run(gone.run())
 
     assert b"arbiter_sessions_created_total 3.0" in SharedMetrics(Metrics(), tmp_path).render(0)
+
+
+def test_what_a_worker_held_when_it_was_killed_is_not_counted(tmp_path: Path) -> None:
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    worker = SharedMetrics(counted(2), tmp_path)
+    worker.publish()
+    (file,) = tmp_path.iterdir()
+    file.rename(file.with_name(f"{killed.pid}-{uuid.uuid4()}.json"))
+
+    text = SharedMetrics(counted(1), tmp_path).render(0)
+
+    assert b"arbiter_http_connections 1.0" in text
+    assert b"arbiter_http_requests_in_flight 1.0" in text
+    assert b"arbiter_audit_dropped_total 3.0" in text
 
 
 def test_a_single_process_writes_nothing(
