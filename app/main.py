@@ -28,7 +28,7 @@ from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
-from app.observability.tracing import add_trace_ids, open_tracing
+from app.observability.tracing import add_trace_ids, is_asked_for, open_tracing
 from app.observability.workers import SharedMetrics
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
@@ -49,9 +49,9 @@ def create_app(settings: Settings) -> ASGIApp:
 def create_framework(settings: Settings, store: SessionStore | None = None) -> FastAPI:
     """The service without its fast lane, over `store` if one is given. The store is opened
     when the application starts, and closed when it stops."""
-    tracing = open_tracing()
-    more = [] if tracing is None else [add_trace_ids]
+    more = [add_trace_ids] if is_asked_for() else []
     configure_logs(settings.log_format, settings.log_level, *more)
+    tracing = open_tracing()
     store_limits = StoreLimits(
         retention_secs=settings.retention_secs,
         max_sessions=settings.max_sessions,

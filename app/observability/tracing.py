@@ -33,12 +33,17 @@ _SESSION_PATH = re.compile(rf"(/sessions/.{{{SHORT_ID_CHARS}}})[^/]*")
 _FAILED = 500
 
 
+def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment says where traces go."""
+    disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    return not disabled and any(environment.get(name) for name in ENDPOINTS)
+
+
 def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider | None:
-    """The provider of traces, or `None` if they go nowhere. The standard variables of
-    OpenTelemetry hold: `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and so on."""
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return None
-    if not any(environment.get(name) for name in ENDPOINTS):
+    """The provider of traces, or `None` if they are not asked for or cannot be made. The
+    standard variables of OpenTelemetry hold: `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and
+    so on."""
+    if not is_asked_for(environment):
         return None
     try:
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
