@@ -78,6 +78,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         log = get_logger()
         async with AsyncExitStack() as stack:
+            stack.enter_context(upon_sighup(audit))
             with _saying_why_not():
                 await store.open()
                 stack.push_async_callback(store.aclose)
@@ -97,7 +98,6 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
             drain = Drain(gate, service, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.upon_sigterm())
-            stack.enter_context(upon_sighup(audit))
             for work in (
                 sweeper.run(),
                 shared_metrics.run(),

@@ -6,6 +6,7 @@ that nothing was decided and nothing recorded.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 
 from msgspec.structs import replace
@@ -27,6 +28,10 @@ from app.store.base import (
     SessionFilter,
     SessionStore,
 )
+
+_UNDECIDED = (ArbiterError, asyncio.CancelledError)
+"""What leaves open whether something was done. The server cancels what takes too long when it
+has to stop."""
 
 
 class SessionService:
@@ -59,7 +64,7 @@ class SessionService:
         grant = replace(grant, time_limit_secs=time_limit_secs)
         try:
             decision = await self._store.create(str(uuid.uuid4()), grant, idempotency)
-        except ArbiterError as error:
+        except _UNDECIDED as error:
             self._events.failed("create", error, origin, agent_id=grant.agent_id)
             raise
         self._events.created(grant.agent_id, decision, origin)
@@ -108,7 +113,7 @@ class SessionService:
             decision = await self._store.record(
                 session_id, admission, idempotency, dry_run=dry_run
             )
-        except ArbiterError as error:
+        except _UNDECIDED as error:
             event = admission.operation.value
             self._events.failed(
                 event, error, origin, session_id=session_id, admission=admission
@@ -121,7 +126,7 @@ class SessionService:
         """End a session for good."""
         try:
             outcome = await self._store.close(session_id)
-        except ArbiterError as error:
+        except _UNDECIDED as error:
             self._events.failed("close", error, origin, session_id=session_id)
             raise
         self._events.closed(session_id, outcome, origin)
@@ -150,7 +155,7 @@ class SessionService:
         """The kill switch: close every active session of the agent; how many."""
         try:
             closed = await self._store.close_sessions_for_agent(agent_id)
-        except ArbiterError as error:
+        except _UNDECIDED as error:
             self._events.failed("close_agent", error, origin, agent_id=agent_id)
             raise
         self._events.agent_closed(agent_id, closed, origin)

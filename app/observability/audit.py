@@ -120,6 +120,8 @@ class AuditLog:
         self._told_lost = 0
         self._unwritten = b""
         self._file = -1
+        self._mid_line = False
+        self._losing = threading.Lock()
         self._failing = False
         self._reopen = False
         self._closing = False
@@ -137,9 +139,9 @@ class AuditLog:
         self._thread.start()
 
     def reopen(self) -> None:
-        """Go on in a new file where the old one was, which has been moved away."""
+        """Go on in a new file where the old one was, which has been moved away. Soon: this is
+        for signal handlers, in which no lock may be taken."""
         self._reopen = True
-        self._wake.set()
 
     async def aclose(self) -> None:
         """Write what waits, for some seconds at most, and end."""
@@ -202,7 +204,8 @@ class AuditLog:
             self._lose(1)
 
     def _lose(self, lines: int) -> None:
-        self._metrics.audit_dropped += lines
+        with self._losing:
+            self._metrics.audit_dropped += lines
 
     # In the thread.
 
@@ -236,8 +239,11 @@ class AuditLog:
         except OSError as error:
             get_logger().error("audit log cannot be reopened", reason=error.strerror)
             return
-        # What is half written belongs to the old file.
-        self._try_to_write()
+        # What is half written belongs to the old file. If that has no room, the line is lost.
+        if self._mid_line and not self._try_to_write():
+            _, _, self._unwritten = self._unwritten.partition(b"\n")
+            self._lose(1)
+        self._mid_line = False
         os.close(self._file)
         self._file = new
 
@@ -248,6 +254,7 @@ class AuditLog:
         try:
             while self._unwritten:
                 written = os.write(self._file, self._unwritten)
+                self._mid_line = self._unwritten[written - 1 : written] != b"\n"
                 self._unwritten = self._unwritten[written:]
         except OSError as error:
             if not self._failing:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.errors import ArbiterError, TransientError
+from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.session import Session
 from app.observability.audit import NOBODY, AuditLog, Origin
 from app.observability.logs import get_logger, short
@@ -105,7 +107,7 @@ class Events:
     def failed(
         self,
         event: str,
-        error: ArbiterError,
+        error: ArbiterError | asyncio.CancelledError,
         origin: Origin,
         *,
         session_id: str = "",
@@ -113,6 +115,8 @@ class Events:
         admission: Admission | None = None,
     ) -> None:
         """Something was asked for, and it is not known whether it was done."""
+        if isinstance(error, asyncio.CancelledError):
+            error = ShuttingDown()
         if self._audit is not None and isinstance(error, TransientError):
             self._audit.note(
                 event,

@@ -29,7 +29,13 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 SERVICE_NAME = "arbiter"
 EXTRA = "opentelemetry"
 
-_SESSION_PATH = re.compile(rf"(/sessions/.{{{SHORT_ID_CHARS}}})[^/]*")
+REDACTED = "REDACTED"
+"""The value that OpenTelemetry's conventions give to what is left out."""
+
+_ID = re.compile(
+    rf"(/sessions/.{{{SHORT_ID_CHARS}}})[^/]*|([0-9a-f]{{8}})-?(?:[0-9a-f]{{4}}-?){{3}}[0-9a-f]{{12}}",
+    re.IGNORECASE,
+)
 _FAILED = 500
 
 
@@ -56,9 +62,12 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
     class Redacting(SpanProcessor):
         @override
         def on_start(self, span: Any, parent_context: Context | None = None) -> None:
-            path = (span.attributes or {}).get("url.path")
-            if path is not None:
-                span.set_attribute("url.path", redacted(path))
+            attributes = span.attributes or {}
+            if "url.path" in attributes:
+                span.set_attribute("url.path", redacted(attributes["url.path"]))
+            if "url.query" in attributes:
+                # A cursor has an id in it, and not as one would see it.
+                span.set_attribute("url.query", REDACTED)
 
     defaults = {"service.name": SERVICE_NAME, "service.version": __version__}
     if "OTEL_SERVICE_NAME" in environment:
@@ -69,8 +78,8 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
 
 
 def redacted(path: str) -> str:
-    """The path with session ids shortened."""
-    return _SESSION_PATH.sub(r"\1", path)
+    """The path with everything shortened that is an id or stands where one should."""
+    return _ID.sub(lambda found: found[1] or found[2], path)
 
 
 class _Headers(Getter[Mapping[bytes, bytes]]):

@@ -20,6 +20,7 @@ import httptools
 from typing_extensions import override
 from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -30,6 +31,12 @@ from app.observability.metrics import Metrics
 from app.server import head
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import TurnedAway, refusal
+
+MAX_PIPELINED = 64
+"""Requests that may wait on one connection for the one that is served."""
+
+MAX_MESSAGE_BYTES = 2 * MAX_BODY_BYTES
+"""Of a message after its first read, with what frames its chunks, and its trailers."""
 
 LINGER_SECS = 1.0
 """How long a connection stays half closed, for the client to read why."""
@@ -45,6 +52,28 @@ class _StopParsing(Exception):
     and with them what was read, until some garbage collection."""
 
 
+class _HoldableFlow(FlowControl):
+    """Flow control that others do not resume while it is held: uvicorn's own does so whenever
+    an application asks for its body."""
+
+    held = False
+
+    @override
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+    def hold(self) -> None:
+        """Read no more until released."""
+        self.held = True
+        self.pause_reading()
+
+    def release(self) -> None:
+        """Read on."""
+        self.held = False
+        self.resume_reading()
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. `app_state["gate"]`, from the lifespan, is shared by all of them.
 
@@ -55,6 +84,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None until there is one
     scope: HTTPScope | None  # type: ignore[assignment]  # the same
+    flow: _HoldableFlow
 
     def __init__(
         self,
@@ -75,12 +105,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._holds_place = False
         self._reason: Refused | None = None
         self._refused: Refused | None = None
+        self._answered = self._client_ended = False
+        self._unsent_bytes = 0
         self._valid_host = b""
         self._chunked_bytes: int | None = None
         self._skipping = False
         # Of a message that does not come in one read.
         self._timed: HTTPScope | None = None
-        self._later_head_bytes = 0
+        self._later_bytes = 0
         self._large_read = False
 
     # What the transport tells.
@@ -88,6 +120,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _HoldableFlow(transport)
         self._invited = self._gate.enter(self)
         # For who is not invited it is always full.
         self._max_in_flight = self._gate.max_requests_in_flight if self._invited else 0
@@ -117,32 +150,43 @@ class LimitedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:
             # Not offered, so passed over (RFC 9110, section 7.8). What follows cannot be
             # parsed any more, and the answer ends the connection.
-            self.flow.pause_reading()
+            self.flow.hold()
         except (httptools.HttpParserError, _StopParsing):
-            self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
+            if self._refused is None:
+                self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
 
     def _on_part(self, read_bytes: int) -> None:
         """See to a message that has not come whole yet, if there is one."""
-        in_head = not self._skipping and self.scope is not None and not self._is_in_body()
         if self.scope is not self._timed:
             self._timed = self.scope
-            self._later_head_bytes = 0
+            self._later_bytes = 0
             self._set_deadline(self._gate.request_timeout_secs)
-        elif in_head:
-            self._later_head_bytes += read_bytes
-        if in_head:
+        else:
+            self._later_bytes += read_bytes
+        if not (self._skipping or self.scope is None or self._is_in_body()):
             self._check_head_size()
+        elif self._later_bytes > MAX_MESSAGE_BYTES:
+            self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
+
+    @override
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
+        """Whether the connection stays open: for the answers that a client waits for which has
+        said that it sends nothing more."""
+        self._client_ended = True
+        return self._holds_place or None
 
     @override
     def pause_writing(self) -> None:
         super().pause_writing()
         # A client that does not read its answers must not keep them in memory.
-        self._set_deadline(self._gate.request_timeout_secs)
+        self._await_flushing()
 
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._set_deadline(self._gate.request_timeout_secs)
+        waits = self._holds_place or self._is_receiving() or self._refused is not None
+        gate = self._gate
+        self._set_deadline(gate.request_timeout_secs if waits else gate.keep_alive_secs)
 
     # What the parser tells.
 
@@ -155,47 +199,58 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
-        if self._is_full() and self._is_turned_away():
-            ends = self._ends or self._gate.draining or not self.parser.should_keep_alive()
-            self._turn_away(self.headers, keep_alive=not ends)
-            self._skipping = True
-            return
         fields = dict(self.headers)
-        host = fields.get(b"host")
-        version = self.parser.get_http_version()
         self._chunked_bytes = None
         if (
             len(fields) != len(self.headers)
-            or host != self._valid_host
-            or version != "1.1"
+            or fields.get(b"host") != self._valid_host
             or not _RARE.isdisjoint(fields)
+            or self.parser.get_http_version() != "1.1"
         ):
-            self._check_fields(fields, version)
+            self._check_fields(fields)
         length = fields.get(b"content-length")
         # The parser has seen to it that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
             self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
         if self._large_read or self._timed is self.scope:
             self._check_head_size()
+        if self._holds_place:
+            self._check_pipeline()
+        elif self._is_full() and not self._has_place(self.parser.get_method(), self.url):
+            # After these it would not be certain where the next message begins.
+            ends = self.expect_100_continue or b"transfer-encoding" in fields
+            ends = ends or not self.parser.should_keep_alive()
+            if not self._turn_away(self.parser.get_method(), self.headers, ends=ends):
+                self._stop(Refused(ProblemCode.OVERLOADED))
+            self._skipping = True
+            self._set_deadline(self._gate.request_timeout_secs)
+            return
         super().on_headers_complete()
         # Trailers are not merged into them (RFC 9110, section 6.5.1).
         self.headers = []
 
-    def _check_fields(self, fields: dict[bytes, bytes], version: str) -> None:
-        fault = head.fault(self.headers, version)
+    def _check_pipeline(self) -> None:
+        """Let a few messages wait for the one that is served, and read no more meanwhile."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._stop(Refused(ProblemCode.OVERLOADED))
+        self.flow.hold()
+
+    def _check_fields(self, fields: dict[bytes, bytes]) -> None:
+        fault = head.fault(self.headers, self.parser.get_http_version())
         if fault is not None:
             self._stop(fault)
         self._valid_host = fields.get(b"host", b"")
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
         self.expect_100_continue = fields.get(b"expect", b"").lower() == b"100-continue"
-        self._ends = self._ends or self.parser.should_upgrade()
+        is_last = self.parser.should_upgrade() or self.parser.get_http_version() == "1.0"
+        self._ends = self._ends or is_last
 
     def _check_head_size(self) -> None:
         # A read holds more than this head. Its fields count as far as they are complete, and
         # of one that is not, what came after the first read.
         known = head.size_bytes(self.url, self.headers)
-        if max(known, self._later_head_bytes) > head.MAX_BYTES:
+        if max(known, self._later_bytes) > head.MAX_BYTES:
             self._stop(Refused(ProblemCode.HEADERS_TOO_LARGE))
 
     def _stop(self, reason: Refused) -> NoReturn:
@@ -218,29 +273,29 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._skipping:
             self._skipping = False
             self.scope = None
+            self._set_deadline(self._gate.keep_alive_secs)
+            if self._gate.draining:
+                self.transport.close()
         elif cycle is not None:
             cycle.more_body = False
             cycle.message_event.set()
             if cycle is not self._running:
                 # It waits for those before it.
                 return
-            if self._is_full() and self._is_turned_away():
-                cycle.response_started = cycle.response_complete = True
-                ends = self._ends or self._gate.draining or not cycle.keep_alive
-                self._turn_away(cycle.scope["headers"], keep_alive=not ends)
-            else:
-                self._serve(cycle)
+            if self._is_full() and not self._is_served(cycle):
+                if self._refused is None:
+                    return
+                raise _StopParsing
+            self._serve(cycle)
 
     # What is done with a request.
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Serve it, or wait for its body: whoever sends slowly takes up a connection, but no
-        place among the requests in flight."""
+        """Wait for its body: whoever sends slowly takes up a connection, but no place among
+        the requests in flight."""
         self._running = cycle
-        if not cycle.more_body:
-            self._serve(cycle)
-        elif cycle.waiting_for_100_continue:
+        if cycle.waiting_for_100_continue:
             cycle.waiting_for_100_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -253,26 +308,62 @@ class LimitedProtocol(HttpToolsProtocol):
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
+    def _serve_next(self) -> None:
+        """Go on with the messages that waited for the one that has been answered."""
+        while self.pipeline and not self.transport.is_closing():
+            cycle, app = self.pipeline.pop()
+            if cycle.more_body:
+                self._set_deadline(self._gate.request_timeout_secs)
+                self._start_asgi_task(cycle, app)
+                break
+            self._running = cycle
+            if not self._is_full() or self._is_served(cycle):
+                self._serve(cycle)
+                return
+        if self._refused is not None:
+            self._write_refusal(self._refused)
+        elif self._client_ended:
+            self.transport.close()
+        else:
+            self.flow.release()
+            if not self._is_receiving():
+                self._set_deadline(self._gate.keep_alive_secs)
+
     def _is_full(self) -> bool:
         return self._metrics.requests_in_flight >= self._max_in_flight
 
-    def _is_turned_away(self) -> bool:
-        """Whether there is no place for the newest message, whose head has come. Pipelined
-        requests have that of the first of them."""
-        if self._holds_place or self.url.partition(b"?")[0] in HEALTH_PATHS:
-            return False
-        return not (self._invited and self._gate.has_place(self.parser.get_method()))
+    def _has_place(self, method: bytes, target: bytes) -> bool:
+        """Whether a request is served though it is full."""
+        if target.partition(b"?")[0] in HEALTH_PATHS:
+            return True
+        return self._invited and self._gate.has_place(method)
 
-    def _turn_away(self, sent: Iterable[tuple[bytes, bytes]], *, keep_alive: bool) -> None:
-        """Answer at once that there is too much to do. Whatever is done here is done most when
-        there is least time: it must cost much less than serving."""
-        if not keep_alive or self.flow.write_paused:
-            self._running = None
-            self._stop(Refused(ProblemCode.OVERLOADED))
+    def _is_served(self, cycle: RequestResponseCycle) -> bool:
+        """Whether a whole message is served though it is full; it is turned away if not."""
+        method, target = cycle.scope["method"].encode(), cycle.scope["raw_path"]
+        if self._has_place(method, target):
+            return True
+        cycle.response_started = cycle.response_complete = True
+        if not self._turn_away(method, cycle.scope["headers"], ends=not cycle.keep_alive):
+            self._refuse(Refused(ProblemCode.OVERLOADED))
+        return False
+
+    def _turn_away(
+        self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool
+    ) -> bool:
+        """Answer at once that there is too much to do. False if that should rather end the
+        connection. Whatever is done here is done most when there is least time: it must cost
+        much less than serving."""
+        if ends or self._ends or self._gate.draining or self.flow.write_paused:
+            return False
+        self._answered = True
         self._metrics.refused[_OVERLOADED] += 1
-        headers = self.server_state.default_headers
-        self.transport.write(_turned_away.answer(sent, headers))
+        answer = _turned_away.answer(sent, self.server_state.default_headers)
+        if method == b"HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        self.transport.write(answer)
         self._set_deadline(self._gate.keep_alive_secs)
+        return True
 
     def _give_place_back(self, _: object = None) -> None:
         if self._holds_place:
@@ -282,21 +373,19 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        self._answered = True
         # Here and not when the task is done, which the event loop tells a turn later, when it
         # has read, and would have turned away, what came meanwhile.
         self._give_place_back()
         if self.transport.is_closing():
-            self._set_deadline(LINGER_SECS)
-            return
-        if self.flow.read_paused and self._refused is None:
-            self.flow.resume_reading()
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
-        elif self._refused is not None:
-            self._write_refusal(self._refused)
-        elif not self._is_receiving():
-            self._set_deadline(self._gate.keep_alive_secs)
+            self._await_flushing()
+        elif self.pipeline or self._refused is not None or self._client_ended:
+            self._serve_next()
+        else:
+            if self.flow.read_paused:
+                self.flow.release()
+            if not self._is_receiving():
+                self._set_deadline(self._gate.keep_alive_secs)
 
     # States.
 
@@ -312,25 +401,32 @@ class LimitedProtocol(HttpToolsProtocol):
     def is_idle(self) -> bool:
         """Whether it has had a request and waits for the next."""
         busy = self._holds_place or self._is_receiving() or self._refused is not None
-        return self.cycle is not None and not busy
+        return self._answered and not busy
 
     # Ends.
 
     def _set_deadline(self, secs: float) -> None:
         self.deadline = self.loop.time() + secs
 
+    def _await_flushing(self) -> None:
+        """Give the client time to take its answer."""
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._set_deadline(self._gate.request_timeout_secs)
+
     def overdue(self) -> None:
         """Be told that the deadline has passed."""
-        busy, receiving = self._holds_place, self._is_receiving()
         if self.transport.is_closing() or self.flow.write_paused:
-            self.transport.abort()
-        elif self._refused is None and busy and (self.flow.read_paused or not receiving):
+            if self.transport.get_write_buffer_size() < self._unsent_bytes:
+                self._await_flushing()
+            else:
+                self.transport.abort()
+        elif self._holds_place and (self.flow.read_paused or not self._is_receiving()):
             # It is we who take the time.
             self._set_deadline(self._gate.request_timeout_secs)
-        elif self._refused is None and receiving:
+        elif self._refused is None and self._is_receiving():
             self._refuse(Refused(ProblemCode.REQUEST_TIMEOUT))
         else:
-            self._set_deadline(LINGER_SECS)
+            self._await_flushing()
             self.transport.close()
 
     def drop(self) -> None:
@@ -348,7 +444,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer with a problem, after what is being answered, and read no more."""
         self._metrics.refused[refused.code] += 1
         self._refused = refused
-        self.flow.pause_reading()
+        self.flow.hold()
         # They may hold a whole read of what is too large.
         self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
         message = self.cycle
@@ -358,9 +454,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if message is not None and message.more_body:
             # It is the body of this message that is refused.
             message.body = bytearray()
-            if message is self._running:
-                self._running = None
-            else:
+            if message in (waiting for waiting, _ in self.pipeline):
                 self.pipeline.popleft()
         if not self._holds_place:
             self._write_refusal(refused)
@@ -368,6 +462,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _write_refusal(self, refused: Refused) -> None:
         if self.transport.is_closing():
             return
+        self._answered = True
         headers = self.server_state.default_headers
         self.transport.write(refusal(refused, self.scope, headers))
         self._half_close()

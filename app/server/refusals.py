@@ -22,6 +22,8 @@ def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) 
     sent = [value for name, value in headers if name == REQUEST_ID]
     request_id = accept_request_id(sent[0] if len(sent) == 1 else None)
     answer = refused_answer(refused, request_id)
+    if scope is not None and scope.get("method") == "HEAD":
+        answer = answer._replace(body=b"")
     return encode_answer(answer, server_headers, [*common_headers(request_id), CLOSE])
 
 

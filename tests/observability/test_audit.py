@@ -186,6 +186,39 @@ def test_sighup_goes_on_in_a_new_file(start_service: StartService, tmp_path: Pat
     assert [each["event"] for each in written] == ["create", "stop"]
 
 
+def test_sighup_again_and_again_stops_nothing(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    audited = Audited(start_service, tmp_path)
+    for _ in range(300):
+        audited.service.process.send_signal(1)
+
+    assert httpx.get(f"{audited.service.url}/livez", timeout=10).status_code == 200
+    assert [each["event"] for each in audited.stop()] == ["start", "stop"]
+
+
+def test_what_was_cut_off_at_the_stop_is_a_line(
+    start_service: StartService, tmp_path: Path, server: engines.Server
+) -> None:
+    audited = Audited(
+        start_service,
+        tmp_path,
+        ARBITER_STORE_URL=server.url + "?deadline_ms=1500",
+        ARBITER_SHUTDOWN_GRACE_SECS="0",
+    )
+    path = audited.ask("POST", "/sessions", session_request()).headers["location"]
+    server.pause()
+    with audited.service.connect() as connection:
+        head = f"DELETE {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {audited._ops}\r\n"
+        connection.sendall(head.encode() + b"\r\n")
+        until(lambda: httpx.get(f"{audited.service.url}/livez").status_code == 200)
+        written = audited.stop()
+    server.resume()
+
+    (cut,) = [each for each in written if each["event"] == "close"]
+    assert cut["outcome"] == "shutting_down"
+
+
 def test_sighup_without_an_audit_log_does_nothing(start_service: StartService) -> None:
     service = start_service()
     service.process.send_signal(1)

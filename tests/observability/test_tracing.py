@@ -163,8 +163,22 @@ def test_without_the_extra_the_service_says_so_and_goes_on() -> None:
         ("/sessions/5e1c7a7e-6f0c-4c39-9c57-4a83a9b2f0b1", "/sessions/5e1c7a7e"),
         ("/sessions/5e1c7a7e-6f0c-4c39-9c57-4a83a9b2f0b1/calls", "/sessions/5e1c7a7e/calls"),
         ("/sessions", "/sessions"),
-        ("/agents/5e1c7a7e-6f0c-4c39-9c57-4a83a9b2f0b1", None),
+        ("/agents/5e1c7a7e-6f0c-4c39-9c57-4a83a9b2f0b1", "/agents/5e1c7a7e"),
+        ("/session/5e1c7a7e-6f0c-4c39-9c57-4a83a9b2f0b1/x", "/session/5e1c7a7e/x"),
+        ("/5E1C7A7E6F0C4C399C574A83A9B2F0B1", "/5E1C7A7E"),
+        ("/problems/rate_limited", "/problems/rate_limited"),
     ],
 )
-def test_only_session_ids_are_shortened(path: str, expected: str | None) -> None:
-    assert redacted(path) == (expected or path)
+def test_ids_are_shortened_wherever_they_stand(path: str, expected: str) -> None:
+    assert redacted(path) == expected
+
+
+def test_a_cursor_which_has_an_id_in_it_stays_here(
+    start_service: StartService, collector: Collector
+) -> None:
+    service = start_service(
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="100"
+    )
+    httpx.get(f"{service.url}/sessions?limit=1&cursor=secret")
+
+    assert attributes(collector.span())["url.query"] == "REDACTED"

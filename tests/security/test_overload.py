@@ -95,6 +95,51 @@ def test_who_wants_the_connection_ended_gets_that_too(
     assert b"connection: close" in received
 
 
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 503),
+        (
+            b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n",
+            503,
+        ),
+        (b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 503),
+        (b"GET /x HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 503),
+        (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n", 413),
+    ],
+    ids=["upgrade", "expect", "chunked", "two Hosts", "HTTP/1.0", "large"],
+)
+def test_what_is_not_plain_ends_the_connection(
+    full: Service, request_bytes: bytes, status: int
+) -> None:
+    received = full.exchange(request_bytes + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", received) == [str(status).encode()]
+    assert b"connection: close" in received
+
+
+def test_a_head_request_is_turned_away_without_a_body(full: Service) -> None:
+    head = b"HEAD /sessions HTTP/1.1\r\nHost: a\r\n\r\n"
+    last = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+    received = full.exchange(head + last)
+
+    assert received.startswith(b"HTTP/1.1 503 ")
+    assert received.partition(b"\r\n\r\n")[2].startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("first", [b"GET /livez", b"DELETE /sessions"], ids=["health", "close"])
+def test_what_stands_behind_an_exempt_request_has_no_place(full: Service, first: bytes) -> None:
+    last = READ.replace(b"Connection: close\r\n", b"")
+    received = full.exchange(
+        first + b" HTTP/1.1\r\nHost: a\r\n\r\n" + last * 3 + b"what\r\n\r\n"
+    )
+
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
+    assert statuses[1:] == [b"503"] * 3 + [b"400"]
+
+
 def test_the_kill_switch_has_places_of_its_own(full: Service, server: engines.Server) -> None:
     with full.connect() as connection:
         connection.sendall(

@@ -4,6 +4,7 @@ what is waited for here is that it ends the connection."""
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx
 import pytest
 
+from tests import engines
+from tests.conftest import PATIENTLY
 from tests.services import Service, StartService, received_on, running
 from tests.support import session_request
 
@@ -117,6 +120,71 @@ def test_a_client_that_does_not_read_is_ended(quick: Service) -> None:
 
     assert received.startswith(b"HTTP/1.1 200 ")
     assert gauge(quick, "arbiter_http_requests_in_flight") == 1
+
+
+@pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"], ids=["keep", "close"])
+def test_a_client_that_reads_slowly_gets_its_answer(quick: Service, ending: bytes) -> None:
+    """Longer than the service waits for anything, but never for nothing."""
+    tools = [f"{'t' * 120}{index:03}" for index in range(256)]
+    with httpx.Client(base_url=quick.url) as client:
+        for _ in range(100):
+            client.post("/sessions", json=session_request(authorized_tools=tools))
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        connection.connect(quick.address)
+        connection.sendall(
+            b"GET /sessions?limit=500 HTTP/1.1\r\nHost: a\r\n" + ending + b"\r\n"
+        )
+        received = b""
+        # Nothing ever comes to where it waits between two reads.
+        here, there = socket.socketpair()
+        with here, there:
+            here.settimeout(0.04)
+            while chunk := connection.recv(65_536):
+                received += chunk
+                with suppress(TimeoutError):
+                    here.recv(1)
+
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length is not None
+    assert len(body) == int(length[1]) > 3_000_000
+
+
+@pytest.mark.parametrize("request_bytes", [ANSWERED, ANSWERED * 3], ids=["one", "three"])
+def test_a_client_that_has_ended_its_side_gets_its_answers(
+    quick: Service, request_bytes: bytes
+) -> None:
+    created = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    body = json.dumps(session_request()).encode()
+    created += b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    with quick.connect() as connection:
+        connection.sendall(created + request_bytes)
+        connection.shutdown(socket.SHUT_WR)
+        received = received_on(connection)
+
+    assert received.startswith(b"HTTP/1.1 201 ")
+    assert received.count(b"HTTP/1.1 200 ") == request_bytes.count(b"GET ")
+
+
+@pytest.mark.parametrize(
+    ("behind", "status"), [(b"what\r\n\r\n", b"400"), (b"GET /li", b"408")]
+)
+def test_an_answer_that_takes_long_is_not_lost_for_what_is_behind_it(
+    start_service: StartService, server: engines.Server, behind: bytes, status: bytes
+) -> None:
+    service = start_service(ARBITER_STORE_URL=server.url + PATIENTLY, **QUICK)
+    with service.connect() as connection:
+        server.pause()
+        connection.sendall(ANSWERED.replace(b"/livez", b"/sessions") + behind)
+        connection.settimeout(2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        server.resume()
+        connection.settimeout(30)
+        received = received_on(connection)
+
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", received) == [b"200", status]
 
 
 @pytest.mark.anyio
