@@ -20,7 +20,6 @@ import httptools
 from typing_extensions import override
 from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -29,6 +28,7 @@ from app.api.problems import Refused
 from app.api.strict import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
 from app.server import head
+from app.server.flow import HoldableFlow, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import TurnedAway, refusal
 
@@ -52,28 +52,6 @@ class _StopParsing(Exception):
     and with them what was read, until some garbage collection."""
 
 
-class _HoldableFlow(FlowControl):
-    """Flow control that others do not resume while it is held: uvicorn's own does so whenever
-    an application asks for its body."""
-
-    held = False
-
-    @override
-    def resume_reading(self) -> None:
-        if not self.held:
-            super().resume_reading()
-
-    def hold(self) -> None:
-        """Read no more until released."""
-        self.held = True
-        self.pause_reading()
-
-    def release(self) -> None:
-        """Read on."""
-        self.held = False
-        self.resume_reading()
-
-
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. `app_state["gate"]`, from the lifespan, is shared by all of them.
 
@@ -84,7 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None until there is one
     scope: HTTPScope | None  # type: ignore[assignment]  # the same
-    flow: _HoldableFlow
+    flow: HoldableFlow
 
     def __init__(
         self,
@@ -120,7 +98,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _HoldableFlow(transport)
+        self.flow = HoldableFlow(transport)
         self._invited = self._gate.enter(self)
         # For who is not invited it is always full.
         self._max_in_flight = self._gate.max_requests_in_flight if self._invited else 0
@@ -410,13 +388,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _await_flushing(self) -> None:
         """Give the client time to take its answer."""
-        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._unsent_bytes = unsent_bytes(self.transport)
         self._set_deadline(self._gate.request_timeout_secs)
 
     def overdue(self) -> None:
         """Be told that the deadline has passed."""
         if self.transport.is_closing() or self.flow.write_paused:
-            if self.transport.get_write_buffer_size() < self._unsent_bytes:
+            if unsent_bytes(self.transport) < self._unsent_bytes:
                 self._await_flushing()
             else:
                 self.transport.abort()
