@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Awaitable
 
 from msgspec.structs import replace
 
@@ -70,7 +71,7 @@ class SessionService:
         self._events.created(grant.agent_id, decision, origin)
         return decision
 
-    async def record_call(
+    def record_call(
         self,
         session_id: str,
         tool_name: str,
@@ -80,12 +81,12 @@ class SessionService:
         data_sensitivity: DataSensitivity | None = None,
         idempotency: IdempotencyKey | None = None,
         dry_run: bool = False,
-    ) -> Admitted | Denied:
+    ) -> Awaitable[Admitted | Denied]:
         """Admit and count one tool call, or deny it and change nothing."""
         admission = Admission(Operation.CALL, (tool_name,), agent_id, data_sensitivity)
-        return await self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
+        return self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
 
-    async def record_batch(
+    def record_batch(
         self,
         session_id: str,
         tool_names: tuple[str, ...],
@@ -95,10 +96,10 @@ class SessionService:
         data_sensitivity: DataSensitivity | None = None,
         idempotency: IdempotencyKey | None = None,
         dry_run: bool = False,
-    ) -> Admitted | Denied:
+    ) -> Awaitable[Admitted | Denied]:
         """Admit and count all of the calls, or deny them all and change nothing."""
         admission = Admission(Operation.BATCH, tool_names, agent_id, data_sensitivity)
-        return await self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
+        return self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
 
     async def _record(
         self,

@@ -41,7 +41,8 @@ MAX_MESSAGE_BYTES = 2 * MAX_BODY_BYTES
 LINGER_SECS = 1.0
 """How long a connection stays half closed, for the client to read why."""
 
-_RARE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
+# With none of these, what may be kept alive is HTTP/1.1, which would take longer to ask.
+_RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 _OVERLOADED = ProblemCode.OVERLOADED.value
 _turned_away = TurnedAway()
@@ -183,7 +184,7 @@ class LimitedProtocol(HttpToolsProtocol):
             len(fields) != len(self.headers)
             or fields.get(b"host") != self._valid_host
             or not _RARE.isdisjoint(fields)
-            or self.parser.get_http_version() != "1.1"
+            or not self.parser.should_keep_alive()
         ):
             self._check_fields(fields)
         length = fields.get(b"content-length")
@@ -194,7 +195,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._check_head_size()
         if self._holds_place:
             self._check_pipeline()
-        elif self._is_full() and not self._has_place(self.parser.get_method(), self.url):
+        elif self._metrics.requests_in_flight >= self._max_in_flight and not self._has_place(
+            self.parser.get_method(), self.url
+        ):
             # After these it would not be certain where the next message begins.
             ends = self.expect_100_continue or b"transfer-encoding" in fields
             ends = ends or not self.parser.should_keep_alive()
@@ -260,7 +263,8 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle is not self._running:
                 # It waits for those before it.
                 return
-            if self._is_full() and not self._is_served(cycle):
+            full = self._metrics.requests_in_flight >= self._max_in_flight
+            if full and not self._is_served(cycle):
                 if self._refused is None:
                     return
                 raise _StopParsing
@@ -295,7 +299,8 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._start_asgi_task(cycle, app)
                 break
             self._running = cycle
-            if not self._is_full() or self._is_served(cycle):
+            full = self._metrics.requests_in_flight >= self._max_in_flight
+            if not full or self._is_served(cycle):
                 self._serve(cycle)
                 return
         if self._refused is not None:
@@ -306,9 +311,6 @@ class LimitedProtocol(HttpToolsProtocol):
             self.flow.release()
             if not self._is_receiving():
                 self._set_deadline(self._gate.keep_alive_secs)
-
-    def _is_full(self) -> bool:
-        return self._metrics.requests_in_flight >= self._max_in_flight
 
     def _has_place(self, method: bytes, target: bytes) -> bool:
         """Whether a request is served though it is full."""
@@ -362,8 +364,9 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             if self.flow.read_paused:
                 self.flow.release()
-            if not self._is_receiving():
-                self._set_deadline(self._gate.keep_alive_secs)
+            cycle = self.cycle
+            if cycle is None or (cycle.scope is self.scope and not cycle.more_body):
+                self.deadline = self.loop.time() + self._gate.keep_alive_secs
 
     # States.
 
