@@ -136,13 +136,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _on_part(self, read_bytes: int) -> None:
         """See to a message that has not come whole yet, if there is one."""
+        if self.scope is None:
+            return
         if self.scope is not self._timed:
             self._timed = self.scope
             self._later_bytes = 0
             self._set_deadline(self._gate.request_timeout_secs)
         else:
             self._later_bytes += read_bytes
-        if not (self._skipping or self.scope is None or self._is_in_body()):
+        if not (self._skipping or self._is_in_body()):
             self._check_head_size()
         elif self._later_bytes > MAX_MESSAGE_BYTES:
             self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
@@ -264,11 +266,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 # It waits for those before it.
                 return
             full = self._metrics.requests_in_flight >= self._max_in_flight
-            if full and not self._is_served(cycle):
-                if self._refused is None:
-                    return
-                raise _StopParsing
-            self._serve(cycle)
+            if not full or self._has_place_for(cycle):
+                self._serve(cycle)
+            elif not self._turn_away_whole(cycle):
+                self._stop(Refused(ProblemCode.OVERLOADED))
 
     # What is done with a request.
 
@@ -292,7 +293,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _serve_next(self) -> None:
         """Go on with the messages that waited for the one that has been answered."""
-        while self.pipeline and not self.transport.is_closing():
+        while self.pipeline:
             cycle, app = self.pipeline.pop()
             if cycle.more_body:
                 self._set_deadline(self._gate.request_timeout_secs)
@@ -300,9 +301,14 @@ class LimitedProtocol(HttpToolsProtocol):
                 break
             self._running = cycle
             full = self._metrics.requests_in_flight >= self._max_in_flight
-            if not full or self._is_served(cycle):
+            if not full or self._has_place_for(cycle):
                 self._serve(cycle)
                 return
+            if not self._turn_away_whole(cycle):
+                self.pipeline.clear()
+                if self._refused is None:
+                    self._refuse(Refused(ProblemCode.OVERLOADED))
+                    return
         if self._refused is not None:
             self._write_refusal(self._refused)
         elif self._client_ended:
@@ -318,15 +324,15 @@ class LimitedProtocol(HttpToolsProtocol):
             return True
         return self._invited and self._gate.has_place(method)
 
-    def _is_served(self, cycle: RequestResponseCycle) -> bool:
-        """Whether a whole message is served though it is full; it is turned away if not."""
-        method, target = cycle.scope["method"].encode(), cycle.scope["raw_path"]
-        if self._has_place(method, target):
-            return True
+    def _has_place_for(self, cycle: RequestResponseCycle) -> bool:
+        return self._has_place(cycle.scope["method"].encode(), cycle.scope["raw_path"])
+
+    def _turn_away_whole(self, cycle: RequestResponseCycle) -> bool:
+        """Turn away a message that has come whole. False if that should rather end the
+        connection."""
         cycle.response_started = cycle.response_complete = True
-        if not self._turn_away(method, cycle.scope["headers"], ends=not cycle.keep_alive):
-            self._refuse(Refused(ProblemCode.OVERLOADED))
-        return False
+        method = cycle.scope["method"].encode()
+        return self._turn_away(method, cycle.scope["headers"], ends=not cycle.keep_alive)
 
     def _turn_away(
         self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool

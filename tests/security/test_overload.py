@@ -78,6 +78,19 @@ def test_the_connection_of_who_is_turned_away_stays(full: Service) -> None:
     assert statuses == [b"503", b"503", b"503", b"200"]
 
 
+def test_being_turned_away_again_and_again_is_not_held_against_a_connection(
+    full: Service,
+) -> None:
+    piece = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n" + b"a" * 900
+    with full.connect() as connection:
+        for _ in range(500):
+            connection.sendall(piece)
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(65_536)
+            assert received.startswith(b"HTTP/1.1 503 ")
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
@@ -138,6 +151,20 @@ def test_what_stands_behind_an_exempt_request_has_no_place(full: Service, first:
 
     statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
     assert statuses[1:] == [b"503"] * 3 + [b"400"]
+
+
+def test_what_waits_behind_one_that_ends_the_connection_is_not_answered(
+    full: Service,
+) -> None:
+    """The second is turned away and wants the connection ended; the third was sent too."""
+    ends = LIST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    first = b"DELETE /sessions HTTP/1.1\r\nHost: a\r\n\r\n"
+
+    received = full.exchange(first + ends + LIST)
+
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
+    assert statuses == [b"405", b"503"]
+    assert received.count(b"connection: close") == 1
 
 
 def test_the_kill_switch_has_places_of_its_own(full: Service, server: engines.Server) -> None:
