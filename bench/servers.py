@@ -101,7 +101,11 @@ def stored(scratch: Path, store_url: str, workers: int = 1) -> Iterator[Target]:
     key, token = new_key("gate", Scope.PROXY)
     authorization = f"Bearer {token}"
     paths = scratch / f"stored-{port}.paths"
-    settings = _settings(port, str(key), store_url) | {"ARBITER_WORKERS": str(workers)}
+    settings = _settings(port, str(key), store_url) | {
+        "ARBITER_WORKERS": str(workers),
+        # More connections than the service would serve at once: none is turned away here.
+        "ARBITER_MAX_REQUESTS_IN_FLIGHT": "1024",
+    }
     # One worker has the core that every contestant has; several have the machine.
     cores = SERVER_CORE if workers == 1 else f"{SERVER_CORE},{LOAD_CORE}"
     with _process(["-m", "app"], port, "/readyz", cores, **settings):

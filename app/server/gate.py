@@ -36,7 +36,7 @@ class Limits:
     """What a process takes upon itself. Durations are in seconds."""
 
     connections: int = 4096
-    requests_in_flight: int = 128
+    requests_in_flight: int = 64
     request_timeout_secs: float = 10
     keep_alive_secs: float = 75
 
