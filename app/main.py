@@ -35,7 +35,7 @@ from app.server.gate import Gate, Limits
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
-from app.store.base import SessionStore, StoreLimits
+from app.store.contract import SessionStore, StoreLimits
 from app.sweeper import Sweeper
 
 

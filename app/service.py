@@ -22,7 +22,7 @@ from app.domain.session import (
 )
 from app.observability.audit import Origin
 from app.observability.events import Events
-from app.store.base import (
+from app.store.contract import (
     IdempotencyKey,
     InvalidCursor,
     Page,

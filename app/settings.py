@@ -22,7 +22,7 @@ from app.api.auth import ApiKey, is_loopback
 from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of
-from app.store.base import StoreLimits
+from app.store.contract import StoreLimits
 
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400

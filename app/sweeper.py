@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from app.observability.events import Events
-from app.store.base import SessionStore
+from app.store.contract import SessionStore
 
 SLICE_SESSIONS = 200
 """Sessions removed between two turns of the event loop: a few milliseconds of work."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from app.store.base import StoreLimits
-from app.store.sqlite import SqliteStore
-from app.store.sqlite_file import Location
+from app.store.contract import StoreLimits
+from app.store.sqlite.file import Location
+from app.store.sqlite.store import SqliteStore
 from bench.in_process import a_grant
 from bench.load import Load, Target
 from bench.servers import start_secs, stored

@@ -17,8 +17,8 @@ from app.domain.session import Grant
 from app.domain.tools import AllowList
 from app.main import create_framework
 from app.settings import load_settings
-from app.store.base import StoreLimits
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 
 SESSIONS_PER_AGENT = 10
 ASKED = 20_000

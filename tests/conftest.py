@@ -18,13 +18,13 @@ import pytest
 from app.api.fast_lane import FastLane
 from app.main import create_framework
 from app.settings import Settings
-from app.store.base import SessionStore, StoreLimits
 from app.store.clock import Clock
-from app.store.memory import MemoryStore
-from app.store.redis import RedisStore
-from app.store.redis_url import RedisUrl
-from app.store.sqlite import SqliteStore
-from app.store.sqlite_file import Location
+from app.store.contract import SessionStore, StoreLimits
+from app.store.memory.store import MemoryStore
+from app.store.redis.store import RedisStore
+from app.store.redis.url import RedisUrl
+from app.store.sqlite.file import Location
+from app.store.sqlite.store import SqliteStore
 from tests import engines
 from tests.services import Service, StartService, running
 from tests.support import ManualClock, session_request

@@ -9,7 +9,7 @@ from typing import Any
 from app.domain.admission import Admission, Admitted, Operation
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
 from app.domain.tools import AllowList
-from app.store.base import SessionStore
+from app.store.contract import SessionStore
 
 AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 OTHER_AGENT = "11111111-2222-4333-8444-555555555555"

@@ -11,8 +11,8 @@ import pytest
 from app.observability.events import Events
 from app.observability.logs import configure_logs
 from app.observability.metrics import Metrics
-from app.store.base import StoreLimits, Swept
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits, Swept
+from app.store.memory.store import MemoryStore
 from app.sweeper import SLICE_SESSIONS, Sweeper
 from tests.conftest import MakeStore
 from tests.support import ManualClock, a_grant, new_id, opened

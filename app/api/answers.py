@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from app.domain.admission import Admitted, DenialCode, Denied
 from app.domain.session import MICROSECONDS, Grant, Session
 from app.domain.tools import AllowList
-from app.store.base import Page
+from app.store.contract import Page
 
 Headers = list[tuple[bytes, bytes]]
 

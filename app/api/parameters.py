@@ -13,7 +13,7 @@ from app.api.problems import Refused
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
 from app.observability.audit import Origin
 from app.service import SessionService
-from app.store.base import IdempotencyKey
+from app.store.contract import IdempotencyKey
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 100

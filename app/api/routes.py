@@ -49,7 +49,7 @@ from app.api.schemas import (
 from app.api.strict import guarded
 from app.domain.admission import Admitted, Denied
 from app.domain.session import SessionStatus
-from app.store.base import SessionFilter
+from app.store.contract import SessionFilter
 
 proxy = APIRouter(route_class=guarded(Scope.PROXY))
 reading = APIRouter(route_class=guarded(Scope.PROXY, Scope.OPERATE))

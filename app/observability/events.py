@@ -10,7 +10,7 @@ from app.domain.session import Session
 from app.observability.audit import NOBODY, AuditLog, Origin
 from app.observability.logs import get_logger, short
 from app.observability.metrics import Metrics
-from app.store.base import Swept
+from app.store.contract import Swept
 
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}

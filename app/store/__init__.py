@@ -6,20 +6,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from app.store.base import SessionStore, StoreLimits
+from app.store.contract import SessionStore, StoreLimits
 
 BACKENDS = {
-    "memory": "app.store.memory:MemoryStore",
-    "sqlite": "app.store.sqlite:SqliteStore",
-    "redis": "app.store.redis:RedisStore",
-    "rediss": "app.store.redis:RedisStore",
-    "redis+cluster": "app.store.redis:RedisStore",
-    "redis+sentinel": "app.store.redis:RedisStore",
+    "memory": "app.store.memory.store:MemoryStore",
+    "sqlite": "app.store.sqlite.store:SqliteStore",
+    "redis": "app.store.redis.store:RedisStore",
+    "rediss": "app.store.redis.store:RedisStore",
+    "redis+cluster": "app.store.redis.store:RedisStore",
+    "redis+sentinel": "app.store.redis.store:RedisStore",
 }
 """Scheme -> where its `SessionStore` is. Its `from_url(url, limits)` makes one."""
 
 BACKUPS = {
-    "sqlite": "app.store.sqlite_backup:back_up",
+    "sqlite": "app.store.sqlite.backup:back_up",
 }
 """Scheme -> how its store is copied into a file."""
 

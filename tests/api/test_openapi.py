@@ -20,8 +20,8 @@ from app.observability.events import Events
 from app.observability.metrics import Metrics
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
-from app.store.base import StoreLimits
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 from tests.conftest import Api
 from tests.support import AGENT, new_id, session_request
 

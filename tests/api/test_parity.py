@@ -20,8 +20,8 @@ from app.domain.errors import StoreUnavailable
 from app.domain.session import DataSensitivity
 from app.main import create_framework
 from app.settings import Settings
-from app.store.base import StoreLimits
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 from tests.api import hostile
 from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
 

@@ -9,8 +9,8 @@ import pytest
 from app.api.problem_types import PROBLEMS, ProblemCode
 from app.domain.admission import DenialCode
 from app.domain.errors import StoreUnavailable
-from app.store.base import StoreLimits
-from app.store.memory import MemoryStore
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.support import OTHER_AGENT, ManualClock
 

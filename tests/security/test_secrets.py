@@ -13,7 +13,7 @@ import pytest
 from app.api.auth import Authenticator, Scope, new_key
 from app.settings import Settings
 from app.store import open_store
-from app.store.base import StoreLimits
+from app.store.contract import StoreLimits
 from tests import engines
 from tests.services import ROOT, StartService
 from tests.support import session_request

@@ -1,4 +1,4 @@
-"""What every store promises (`app/store/base.py`), over every store."""
+"""What every store promises (`app/store/contract.py`), over every store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.domain.admission import Admitted, Denied
 from app.domain.admission import DenialCode as Code
 from app.domain.errors import Overloaded
 from app.domain.session import Session, SessionStatus
-from app.store.base import IdempotencyKey, InvalidCursor, SessionFilter, SessionStore
+from app.store.contract import IdempotencyKey, InvalidCursor, SessionFilter, SessionStore
 from tests.conftest import MakeStore
 from tests.support import (
     AGENT,

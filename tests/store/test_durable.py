@@ -14,7 +14,7 @@ import pytest
 from app.domain.admission import Admitted, DenialCode, Denied
 from app.domain.errors import Overloaded
 from app.domain.session import DataSensitivity, Session, SessionStatus
-from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,

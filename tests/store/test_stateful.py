@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
 from app.domain.tools import AllowList
-from app.store.base import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import DURABLE, STORES
 from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
 

@@ -10,9 +10,9 @@ import pytest
 
 from app.domain.admission import Admission
 from app.domain.session import MICROSECONDS
-from app.store.base import IdempotencyKey, StoreLimits
 from app.store.clock import anchored_clock
-from app.store.memory import MemoryStore
+from app.store.contract import IdempotencyKey, StoreLimits
+from app.store.memory.store import MemoryStore
 from tests.support import a_batch, a_call, a_grant, opened
 
 

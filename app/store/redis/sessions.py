@@ -7,12 +7,11 @@ from typing import Any
 from app.domain.admission import Admission, Admitted, Denied
 from app.domain.errors import StoreUnavailable
 from app.domain.session import MICROSECONDS, Grant, Session
-from app.store import redis_replies as replies
-from app.store import redis_scripts as scripts
-from app.store.base import IdempotencyKey, StoreLimits
 from app.store.clock import Clock
-from app.store.redis_engine import Engine, Step
-from app.store.serialisation import to_text
+from app.store.codec import to_text
+from app.store.contract import IdempotencyKey, StoreLimits
+from app.store.redis import replies, scripts
+from app.store.redis.client import Engine, Step
 
 
 class Sessions:

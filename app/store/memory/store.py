@@ -27,7 +27,8 @@ from app.domain.admission import (
 )
 from app.domain.errors import Overloaded
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
-from app.store.base import (
+from app.store.clock import Clock, anchored_clock
+from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
     IdempotencyKey,
@@ -37,10 +38,9 @@ from app.store.base import (
     StoreLimits,
     Swept,
 )
-from app.store.clock import Clock, anchored_clock
-from app.store.memory_index import SessionIndex
-from app.store.position import FIRST, Position
-from app.store.sharded import ShardedDict
+from app.store.cursor import FIRST, Position
+from app.store.memory.index import SessionIndex
+from app.store.memory.sharded import ShardedDict
 
 _Replays = dict[IdempotencyKey, tuple[Admission, Session]]
 

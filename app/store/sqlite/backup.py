@@ -10,8 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from app.domain.errors import StoreUnusable
-from app.store.sqlite_file import Location, check_undamaged, explained
-from app.store.sqlite_schema import check_version
+from app.store.sqlite.file import Location, check_undamaged, explained
+from app.store.sqlite.schema import check_version
 
 
 def back_up(url: str, target: Path) -> int:

@@ -21,7 +21,9 @@ from typing_extensions import override
 from app.domain.admission import Admission, Admitted, Denied
 from app.domain.errors import Overloaded, StoreUnavailable
 from app.domain.session import Grant, Session
-from app.store.base import (
+from app.store.availability import Health
+from app.store.clock import Clock, anchored_clock
+from app.store.contract import (
     IdempotencyKey,
     InvalidCursor,
     Page,
@@ -30,11 +32,9 @@ from app.store.base import (
     StoreLimits,
     Swept,
 )
-from app.store.clock import Clock, anchored_clock
-from app.store.group_commit import GroupCommit, Job
-from app.store.health import Health
-from app.store.sqlite_file import DAMAGED, DatabaseFile, Location, explained, reason
-from app.store.sqlite_ledger import Ledger
+from app.store.sqlite.file import DAMAGED, DatabaseFile, Location, explained, reason
+from app.store.sqlite.group_commit import GroupCommit, Job
+from app.store.sqlite.transactions import Ledger
 
 FAR_AHEAD_SECS = 5
 """More than a crash or two explain; somebody has set the wall clock."""

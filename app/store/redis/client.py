@@ -31,9 +31,9 @@ from redis.exceptions import (
 )
 
 from app.domain.errors import StoreUnavailable, StoreUnusable
-from app.store.health import Health
-from app.store.redis_scripts import Script
-from app.store.redis_url import Client, RedisUrl
+from app.store.availability import Health
+from app.store.redis.scripts import Script
+from app.store.redis.url import Client, RedisUrl
 
 GRACE_TURNS = 20
 """Turns of the event loop that a request waits for after its deadline. They take no time when

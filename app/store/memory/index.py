@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from sortedcontainers import SortedList
 
 from app.domain.session import Session
-from app.store.position import Position
+from app.store.cursor import Position
 
 
 class SessionIndex:

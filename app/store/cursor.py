@@ -5,7 +5,7 @@ from __future__ import annotations
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import NamedTuple
 
-from app.store.base import InvalidCursor
+from app.store.contract import InvalidCursor
 
 
 class Position(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.store.group_commit import GroupCommit, Job
+from app.store.sqlite.group_commit import GroupCommit, Job
 
 pytestmark = pytest.mark.anyio
 

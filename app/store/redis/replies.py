@@ -23,8 +23,8 @@ from app.domain.admission import (
     violation,
 )
 from app.domain.session import Grant, Session
-from app.store.base import IdempotencyKey
-from app.store.serialisation import to_grant
+from app.store.codec import to_grant
+from app.store.contract import IdempotencyKey
 
 GRANTS_KEPT = 16_384
 """Grants of the latest sessions that are kept decoded."""

@@ -12,12 +12,12 @@ import pytest
 from app.domain.admission import Admitted, DenialCode, Denied
 from app.domain.errors import StoreUnavailable
 from app.domain.session import SessionStatus
-from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
-from app.store.redis import RedisStore
-from app.store.redis_index import LEASE_SECS, Announcement
+from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.redis.index import LEASE_SECS, Announcement
+from app.store.redis.store import RedisStore
 from tests.conftest import PATIENTLY, redis_store
 from tests.engines import Server, single
-from tests.store.test_redis import connected
+from tests.store.redis.test_store import connected
 from tests.support import AGENT, ManualClock, a_batch, a_call, a_grant, new_id, opened
 
 pytestmark = pytest.mark.anyio

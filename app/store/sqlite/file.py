@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from app.domain.errors import StoreUnusable
-from app.store.sqlite_schema import check_version, migrate
+from app.store.sqlite.schema import check_version, migrate
 
 Synchronous = Literal["full", "normal"]
 

@@ -13,9 +13,9 @@ import pytest
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.domain.session import Session
-from app.store.base import IdempotencyKey, StoreLimits
-from app.store.redis import RedisStore
-from app.store.redis_url import RedisUrl
+from app.store.contract import IdempotencyKey, StoreLimits
+from app.store.redis.store import RedisStore
+from app.store.redis.url import RedisUrl
 from tests.engines import Server
 from tests.faults import FaultProxy, proxied
 from tests.support import a_call, a_grant, new_id, opened

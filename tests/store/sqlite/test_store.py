@@ -14,11 +14,11 @@ from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.domain.session import SessionStatus
 from app.store import open_store
-from app.store.base import IdempotencyKey, SessionFilter, StoreLimits
-from app.store.sqlite import SqliteStore
-from app.store.sqlite_backup import back_up
-from app.store.sqlite_file import Location
-from app.store.sqlite_schema import APPLICATION_ID, MIGRATIONS, migrate
+from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.sqlite.backup import back_up
+from app.store.sqlite.file import Location
+from app.store.sqlite.schema import APPLICATION_ID, MIGRATIONS, migrate
+from app.store.sqlite.store import SqliteStore
 from tests.support import AGENT, ManualClock, a_call, a_grant, new_id, opened
 
 pytestmark = pytest.mark.anyio

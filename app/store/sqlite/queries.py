@@ -1,4 +1,4 @@
-"""Every statement of a SQLite store that reads or writes sessions (`app.store.sqlite_schema`).
+"""Every statement of a SQLite store that reads or writes sessions (`app.store.sqlite.schema`).
 
 Sessions are known by the number of their row. A number is given again when its session is
 gone, so that nothing may be kept by number alone.
@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from app.domain.admission import Admission
 from app.domain.session import Grant, Session
-from app.store.base import IdempotencyKey
-from app.store.position import Position
-from app.store.serialisation import to_admission, to_grant, to_session, to_text
-from app.store.sqlite_file import DAMAGED
+from app.store.codec import to_admission, to_grant, to_session, to_text
+from app.store.contract import IdempotencyKey
+from app.store.cursor import Position
+from app.store.sqlite.file import DAMAGED
 
 GRANTS_KEPT = 16_384
 """Grants of the latest sessions that are kept decoded."""

@@ -21,7 +21,8 @@ from app.domain.admission import (
 )
 from app.domain.errors import Overloaded
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
-from app.store.base import (
+from app.store.clock import Clock
+from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
     IdempotencyKey,
@@ -30,9 +31,8 @@ from app.store.base import (
     StoreLimits,
     Swept,
 )
-from app.store.clock import Clock
-from app.store.position import FIRST, Position
-from app.store.sqlite_tables import Tables
+from app.store.cursor import FIRST, Position
+from app.store.sqlite.queries import Tables
 
 RESERVED_SECS = 1
 """How far ahead of the clock the mark in the file is set: it is written so often at most."""

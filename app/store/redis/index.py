@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
-from app.store import redis_scripts as scripts
-from app.store.base import CREATION_REPLAY_SECS, IdempotencyKey, SessionFilter, StoreLimits
-from app.store.position import Position
-from app.store.redis_engine import Engine, Step
-from app.store.redis_replies import (
+from app.store.codec import to_text
+from app.store.contract import CREATION_REPLAY_SECS, IdempotencyKey, SessionFilter, StoreLimits
+from app.store.cursor import Position
+from app.store.redis import scripts
+from app.store.redis.client import Engine, Step
+from app.store.redis.replies import (
     ALL,
     CLOSED,
     CLOSINGS,
@@ -24,7 +25,6 @@ from app.store.redis_replies import (
     creation_key,
     key_digest,
 )
-from app.store.serialisation import to_text
 
 LEASE_SECS = 10
 """How long an announced session counts. Writing it takes half of that at most."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from app.domain.admission import Admission, Admitted, Operation
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
 from app.domain.tools import AllowList
-from app.store.base import IdempotencyKey, SessionStore, StoreLimits
+from app.store.contract import IdempotencyKey, SessionStore, StoreLimits
 from tests.conftest import STORES
 from tests.support import AGENT, OTHER_AGENT, ManualClock, new_id
 

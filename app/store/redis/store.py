@@ -31,8 +31,9 @@ from app.domain.admission import (
 )
 from app.domain.errors import Overloaded, StoreUnavailable
 from app.domain.session import Grant, Session, SessionStatus
-from app.store import redis_scripts as scripts
-from app.store.base import (
+from app.store.clock import Clock
+from app.store.codec import to_session
+from app.store.contract import (
     TOO_MANY_CREATIONS,
     IdempotencyKey,
     Page,
@@ -41,14 +42,13 @@ from app.store.base import (
     StoreLimits,
     Swept,
 )
-from app.store.clock import Clock
-from app.store.position import FIRST, Position
-from app.store.redis_engine import Engine
-from app.store.redis_index import Announcement, Due, Index
-from app.store.redis_replies import ID_CHARS, READY
-from app.store.redis_sessions import Sessions
-from app.store.redis_url import RedisUrl
-from app.store.serialisation import to_session
+from app.store.cursor import FIRST, Position
+from app.store.redis import scripts
+from app.store.redis.client import Engine
+from app.store.redis.index import Announcement, Due, Index
+from app.store.redis.replies import ID_CHARS, READY
+from app.store.redis.sessions import Sessions
+from app.store.redis.url import RedisUrl
 
 CLOSED_AT_ONCE = 200
 """Sessions that the kill switch closes before it tells the indexes."""
