@@ -18,8 +18,8 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from app import __version__
-from app.api.auth import Scope, new_key
 from app.domain.errors import StoreUnusable
+from app.http.auth import Scope, new_key
 from app.main import create_app, create_framework
 from app.server.protocol import LimitedProtocol
 from app.settings import BadSettings, Settings, load_settings

@@ -19,10 +19,10 @@ from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.application import build_application
-from app.api.auth import Authenticator
 from app.api.fast_lane import FastLane
 from app.domain.errors import Unusable
-from app.garbage import short_pauses
+from app.gc_tuning import short_pauses
+from app.http.auth import Authenticator
 from app.observability.audit import AuditLog, upon_sighup
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger

@@ -18,7 +18,7 @@ from dotenv.parser import parse_stream
 from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.api.auth import ApiKey, is_loopback
+from app.http.auth import ApiKey, is_loopback
 from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of

@@ -19,7 +19,7 @@ from pathlib import Path
 from app.domain.admission import Admission, Operation
 from app.domain.session import MICROSECONDS, Grant
 from app.domain.tools import AllowList
-from app.garbage import short_pauses
+from app.gc_tuning import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs
 from app.observability.metrics import Metrics

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from app.api.auth import Scope, new_key
+from app.http.auth import Scope, new_key
 from bench.load import LOAD_CORE, SERVER_CORE, Target, pinned
 
 SESSION = {

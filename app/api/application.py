@@ -13,20 +13,26 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from app import __version__
-from app.api import pages, routes
-from app.api.auth import Authenticator
-from app.api.envelope import Envelope
+from app.api import operations, sessions
 from app.api.openapi import build_document
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, error_answer, refused_answer
-from app.api.routes import respond
+from app.api.sessions import respond
 from app.domain.errors import ArbiterError
+from app.http.auth import Authenticator
+from app.http.middleware import Envelope
+from app.http.problems import Refused, error_answer, refused_answer
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
-_ROUTERS = (routes.proxy, routes.reading, routes.operate, pages.public, pages.operate)
+_ROUTERS = (
+    sessions.proxy,
+    sessions.reading,
+    sessions.operate,
+    operations.public,
+    operations.operate,
+)
 
 _UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
 """Asked again and again, by machines."""

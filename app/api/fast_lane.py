@@ -15,21 +15,21 @@ from opentelemetry.trace import TracerProvider
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import __version__
-from app.api import auth
-from app.api.answers import Answer, admitted_answer
-from app.api.direct_send import send_directly
-from app.api.envelope import (
+from app.domain.admission import Denied
+from app.domain.session import DataSensitivity
+from app.domain.tools import MAX_BATCH
+from app.http import auth
+from app.http.direct_send import send_directly
+from app.http.middleware import (
     Failure,
     accept_request_id,
     common_headers,
     failed_answer,
     send_answer,
 )
-from app.api.problems import denied_answer
-from app.api.strict import MAX_BODY_BYTES
-from app.domain.admission import Denied
-from app.domain.session import DataSensitivity
-from app.domain.tools import MAX_BATCH
+from app.http.problems import denied_answer
+from app.http.request import MAX_BODY_BYTES
+from app.http.response import Answer, admitted_answer
 from app.observability.audit import Origin
 from app.observability.metrics import Metrics
 from app.observability.tracing import end_with, server_span

@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
-from app.api.auth import Scope
 from app.api.problem_types import PROBLEMS, ProblemCode, problem_type_path
 from app.api.schemas import Count
 from app.domain.admission import NextAction
 from app.domain.session import MAX_INT32
+from app.http.auth import Scope
 
 TAGS = [
     {"name": "sessions", "description": "Issue and end task sessions."},

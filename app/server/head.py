@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused
+from app.http.problems import Refused
 
 MAX_FIELDS = 64
 MAX_BYTES = 16_384

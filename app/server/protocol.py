@@ -24,8 +24,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused
-from app.api.strict import MAX_BODY_BYTES
+from app.http.problems import Refused
+from app.http.request import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
 from app.server import head
 from app.server.flow import HoldableFlow, unsent_bytes

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from uvicorn._types import HTTPScope
 
-from app.api.answers import Headers
-from app.api.direct_send import CLOSE, encode_answer
-from app.api.envelope import REQUEST_ID, accept_request_id, common_headers
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, refused_answer
+from app.http.direct_send import CLOSE, encode_answer
+from app.http.middleware import REQUEST_ID, accept_request_id, common_headers
+from app.http.problems import Refused, refused_answer
+from app.http.response import Headers
 
 _ID_DIGIT = "~"
 """Stands for what the request id will be, which has none of it."""

@@ -14,8 +14,8 @@ from openapi_spec_validator import validate
 
 from app import __version__
 from app.api.application import build_application
-from app.api.auth import Authenticator
 from app.api.problem_types import ProblemCode
+from app.http.auth import Authenticator
 from app.observability.events import Events
 from app.observability.metrics import Metrics
 from app.observability.workers import SharedMetrics

@@ -12,17 +12,17 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from app.api.auth import ApiKey, new_key
-from app.api.auth import Scope as KeyScope
 from app.api.fast_lane import FastLane
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable
 from app.domain.session import DataSensitivity
+from app.http.auth import ApiKey, new_key
+from app.http.auth import Scope as KeyScope
 from app.main import create_framework
 from app.settings import Settings
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
-from tests.api import hostile
+from tests.http import hostile
 from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
 
 pytestmark = pytest.mark.anyio

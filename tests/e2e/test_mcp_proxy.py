@@ -15,7 +15,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
-from app.api.auth import Scope, new_key
+from app.http.auth import Scope, new_key
 from tests.services import ROOT, StartService
 from tests.support import AGENT
 

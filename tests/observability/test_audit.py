@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.auth import Scope, new_key
+from app.http.auth import Scope, new_key
 from app.observability import audit as audit_module
 from app.observability.audit import NOBODY, AuditLog, Origin
 from app.observability.metrics import Metrics

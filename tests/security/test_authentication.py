@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.auth import Authenticator, Scope, Unauthenticated, new_key
+from app.http.auth import Authenticator, Scope, Unauthenticated, new_key
 from tests.security.conftest import LANES
 from tests.services import Service, StartService, running
 from tests.support import session_request

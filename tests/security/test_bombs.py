@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.api.strict import MAX_BODY_BYTES
+from app.http.request import MAX_BODY_BYTES
 from app.server.protocol import MAX_PIPELINED
 from tests.services import Service
 from tests.support import session_request

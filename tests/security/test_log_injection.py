@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from app.api.auth import Scope, new_key
+from app.http.auth import Scope, new_key
 from tests.services import Service, running
 from tests.support import session_request
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.api.auth import Authenticator, Scope, new_key
+from app.http.auth import Authenticator, Scope, new_key
 from app.settings import Settings
 from app.store import open_store
 from app.store.contract import StoreLimits

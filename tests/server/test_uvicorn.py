@@ -1,4 +1,4 @@
-"""What `app.server.protocol` and `app.api.direct_send` lean on in uvicorn, held to the letter.
+"""What `app.server.protocol` and `app.http.direct_send` lean on in uvicorn, held to the letter.
 
 When this fails uvicorn has changed there: read what did, see whether the subclass still does
 what it should, and put the new digest here.

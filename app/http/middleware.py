@@ -13,10 +13,10 @@ from secrets import token_hex
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.answers import Answer, Headers
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, error_answer, refused_answer
 from app.domain.errors import ArbiterError, ShuttingDown
+from app.http.problems import Refused, error_answer, refused_answer
+from app.http.response import Answer, Headers
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 

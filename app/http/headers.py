@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from app.api.strict import invalid
+from app.http.request import invalid
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 

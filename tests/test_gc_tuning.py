@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 from app.domain.session import Session
-from app.garbage import short_pauses
+from app.gc_tuning import short_pauses
 from tests.support import START, a_grant, new_id
 
 

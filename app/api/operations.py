@@ -8,15 +8,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api.answers import json_answer
-from app.api.auth import Scope
 from app.api.openapi import problem_responses, security
 from app.api.problem_types import ProblemCode, explain
-from app.api.problems import Refused
-from app.api.routes import respond
 from app.api.schemas import Health
-from app.api.strict import StrictRoute, guarded
+from app.api.sessions import respond
 from app.domain.errors import StoreUnavailable
+from app.http.auth import Scope
+from app.http.problems import Refused
+from app.http.request import StrictRoute, guarded
+from app.http.response import json_answer
 
 public = APIRouter(route_class=StrictRoute)
 operate = APIRouter(route_class=guarded(Scope.OPERATE))

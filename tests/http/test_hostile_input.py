@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api import hostile
 from tests.conftest import Api
+from tests.http import hostile
 from tests.support import AGENT, session_request
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from app.api.answers import Answer, Headers
+from app.http.response import Answer, Headers
 
 CLOSE = (b"connection", b"close")
 

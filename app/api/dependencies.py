@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator, Field
 
-from app.api.headers import idempotency_key, wants_minimal
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
+from app.http.headers import idempotency_key, wants_minimal
+from app.http.problems import Refused
 from app.observability.audit import Origin
 from app.service import SessionService
 from app.store.contract import IdempotencyKey

@@ -7,23 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic_core import to_json
 
-from app.api.answers import (
-    Answer,
-    admitted_answer,
-    created_answer,
-    encode_session,
-    json_answer,
-    page_answer,
-)
-from app.api.auth import Scope
-from app.api.openapi import (
-    CREATED_HEADERS,
-    RATE_HEADERS,
-    SESSION_LINKS,
-    problem_responses,
-    security,
-)
-from app.api.parameters import (
+from app.api.dependencies import (
     DEFAULT_PAGE,
     AgentId,
     Asker,
@@ -34,8 +18,14 @@ from app.api.parameters import (
     Service,
     SessionId,
 )
+from app.api.openapi import (
+    CREATED_HEADERS,
+    RATE_HEADERS,
+    SESSION_LINKS,
+    problem_responses,
+    security,
+)
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused, denied_answer
 from app.api.schemas import (
     Agent,
     AgentSessionsClosed,
@@ -46,9 +36,19 @@ from app.api.schemas import (
     SessionPage,
     UuidText,
 )
-from app.api.strict import guarded
 from app.domain.admission import Admitted, Denied
 from app.domain.session import SessionStatus
+from app.http.auth import Scope
+from app.http.problems import Refused, denied_answer
+from app.http.request import guarded
+from app.http.response import (
+    Answer,
+    admitted_answer,
+    created_answer,
+    encode_session,
+    json_answer,
+    page_answer,
+)
 from app.store.contract import SessionFilter
 
 proxy = APIRouter(route_class=guarded(Scope.PROXY))

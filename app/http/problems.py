@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from app.api.answers import Answer, Headers, has_rate_headers, rate_headers
 from app.api.problem_types import DO_NOT_RETRY, PROBLEMS, ProblemCode, problem_type_path
 from app.domain.admission import NO_SESSION, Denied, NextAction, Violation
 from app.domain.errors import (
@@ -17,6 +16,7 @@ from app.domain.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
+from app.http.response import Answer, Headers, has_rate_headers, rate_headers
 
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
 _SHOULD_RETRY = b"x-should-retry"

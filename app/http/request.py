@@ -15,9 +15,9 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from typing_extensions import override
 
-from app.api.auth import Authenticator, Caller, Scope, Unauthenticated
 from app.api.problem_types import ProblemCode
-from app.api.problems import Refused
+from app.http.auth import Authenticator, Caller, Scope, Unauthenticated
+from app.http.problems import Refused
 
 MAX_BODY_BYTES = 65_536
 

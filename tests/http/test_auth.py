@@ -7,7 +7,7 @@ from hashlib import sha256
 import httpx
 import pytest
 
-from app.api.auth import ApiKey, Authenticator, Scope, Unauthenticated, is_loopback, new_key
+from app.http.auth import ApiKey, Authenticator, Scope, Unauthenticated, is_loopback, new_key
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, new_id, session_request
 
@@ -187,7 +187,7 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
         compared.append((len(left), len(right)))
         return left == right
 
-    monkeypatch.setattr("app.api.auth.compare_digest", spy)
+    monkeypatch.setattr("app.http.auth.compare_digest", spy)
     authenticator = Authenticator(KEYS, allow_unauthenticated=False)
     for token in (f"gate.{SECRET}", "gate.wrong", "nobody.wrong", "", "gate"):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.api.auth import Scope, new_key
+from app.http.auth import Scope, new_key
 from tests.conftest import Api, MakeApi
 from tests.support import ManualClock, new_id, session_request
 

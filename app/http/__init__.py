@@ -1,0 +1,1 @@
+"""HTTP as this service speaks it; knows nothing about sessions."""
