@@ -172,7 +172,7 @@ async def drive_until_killed(service: Service, history: History) -> None:
     service.process.wait(timeout=30)
 
 
-@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("seed", [SEED], ids=["random"])
 async def test_twenty_kills_lose_nothing_that_was_answered(
     start_service: StartService, tmp_path: Path, seed: int
 ) -> None:
