@@ -95,7 +95,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
             events.started()
             stack.callback(events.stopped)
             gate = Gate(metrics, limits)
-            drain = Drain(gate, service, settings.shutdown_delay_secs)
+            drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.upon_sigterm())
             for work in (

@@ -13,26 +13,26 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from app import __version__
-from app.api import operations, sessions
+from app.api import admission, agents, operations, sessions
 from app.api.openapi import build_document
-from app.api.problem_types import ProblemCode
-from app.api.sessions import respond
 from app.domain.errors import ArbiterError
 from app.http.auth import Authenticator
-from app.http.middleware import Envelope
-from app.http.problems import Refused, error_answer, refused_answer
+from app.http.middleware import RequestMiddleware
+from app.http.problems import (
+    METHOD_NOT_ALLOWED,
+    NOT_FOUND,
+    Refused,
+    error_response,
+    invalid_fields,
+    refused_response,
+)
+from app.http.route import to_starlette
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
-_ROUTERS = (
-    sessions.proxy,
-    sessions.reading,
-    sessions.operate,
-    operations.public,
-    operations.operate,
-)
+_ROUTERS = (sessions.router, admission.router, agents.router, operations.router)
 
 _UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
 """Asked again and again, by machines."""
@@ -76,7 +76,7 @@ def build_application(
         app.include_router(router)
     for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
-    app.add_middleware(Envelope, metrics=metrics.own)
+    app.add_middleware(RequestMiddleware, observe=metrics.own.observe_request)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -92,20 +92,20 @@ def _on_error(request: Request, error: Exception) -> Response:
     request_id = request.state.request_id
     match error:
         case ArbiterError():
-            return respond(error_answer(error, request_id))
+            return to_starlette(error_response(error, request_id))
         case Refused():
             refused = error
         case RequestValidationError():
             errors = [_field_error(each) for each in error.errors()[:MAX_FIELD_ERRORS]]
-            refused = Refused(ProblemCode.VALIDATION_FAILED, errors=errors)
+            refused = invalid_fields(errors)
         case HTTPException(status_code=404):
-            refused = Refused(ProblemCode.NOT_FOUND)
+            refused = Refused(NOT_FOUND)
         case HTTPException(status_code=405):
             allow = ", ".join(_allowed_methods(request)).encode()
-            refused = Refused(ProblemCode.METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
+            refused = Refused(METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
         case _:
             raise error
-    return respond(refused_answer(refused, request_id))
+    return to_starlette(refused_response(refused, request_id))
 
 
 def _field_error(error: dict[str, Any]) -> dict[str, str]:

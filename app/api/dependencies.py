@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator, Field
 
-from app.api.problem_types import ProblemCode
+from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
 from app.http.headers import idempotency_key, wants_minimal
-from app.http.problems import Refused
+from app.http.problems import NOT_FOUND, Refused
 from app.observability.audit import Origin
 from app.service import SessionService
 from app.store.contract import IdempotencyKey
@@ -41,14 +41,14 @@ async def _session_id(
     session_id: Annotated[
         str,
         Path(
-            description="A canonical lower-case UUID; anything else names nothing.",
+            description="A canonical lower-case UUID; anything else is not found.",
             json_schema_extra={"format": "uuid"},
             examples=[SESSION_ID_EXAMPLE],
         ),
     ],
 ) -> str:
     if not CANONICAL_UUID.fullmatch(session_id):
-        raise Refused(ProblemCode.SESSION_NOT_FOUND)
+        raise session_not_found()
     return session_id
 
 
@@ -56,14 +56,14 @@ async def _agent_id(
     agent_id: Annotated[
         str,
         Path(
-            description="A canonical lower-case UUID; anything else names nothing.",
+            description="A canonical lower-case UUID; anything else is not found.",
             json_schema_extra={"format": "uuid"},
             examples=[AGENT_ID_EXAMPLE],
         ),
     ],
 ) -> str:
     if not CANONICAL_UUID.fullmatch(agent_id):
-        raise Refused(ProblemCode.NOT_FOUND)
+        raise Refused(NOT_FOUND)
     return agent_id
 
 

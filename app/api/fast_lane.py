@@ -15,6 +15,7 @@ from opentelemetry.trace import TracerProvider
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import __version__
+from app.api.encode import admitted_response, denied_response
 from app.domain.admission import Denied
 from app.domain.session import DataSensitivity
 from app.domain.tools import MAX_BATCH
@@ -22,14 +23,13 @@ from app.http import auth
 from app.http.direct_send import send_directly
 from app.http.middleware import (
     Failure,
-    accept_request_id,
     common_headers,
-    failed_answer,
-    send_answer,
+    failed_response,
+    send_response,
 )
-from app.http.problems import denied_answer
 from app.http.request import MAX_BODY_BYTES
-from app.http.response import Answer, admitted_answer
+from app.http.request_id import REQUEST_ID, choose_request_id
+from app.http.response import RawResponse
 from app.observability.audit import Origin
 from app.observability.metrics import Metrics
 from app.observability.tracing import end_with, server_span
@@ -101,7 +101,7 @@ class FastLane:
         ):
             await self._app(scope, _replay(read, receive), send)
             return
-        request_id = accept_request_id(headers.get(b"x-request-id"))
+        request_id = choose_request_id([headers[REQUEST_ID]] if REQUEST_ID in headers else ())
         route = BATCH if is_batch else CALLS
         if self._tracer is None:
             answer = await self._answer(path[1], match, headers, caller.name, request_id)
@@ -111,7 +111,7 @@ class FastLane:
                 end_with(span, answer.status)
         common = common_headers(request_id)
         if not send_directly(send, answer, common):
-            await send_answer(send, answer, common)
+            await send_response(send, answer, common)
         durations = self._metrics.request("POST", route, answer.status)
         durations.observe(time.perf_counter() - started)
 
@@ -140,7 +140,7 @@ class FastLane:
         headers: dict[bytes, bytes],
         caller: str,
         request_id: str,
-    ) -> Answer:
+    ) -> RawResponse:
         listed, agent_id, tier = match.groups()
         agent = None if agent_id is None else agent_id.decode("ascii").lower()
         data_sensitivity = None if tier is None else _TIERS[tier]
@@ -165,10 +165,10 @@ class FastLane:
                     data_sensitivity=data_sensitivity,
                 )
         except Failure as error:
-            return failed_answer(error, request_id)
+            return failed_response(error, request_id)
         if isinstance(decision, Denied):
-            return denied_answer(decision, request_id)
-        return admitted_answer(decision, minimal=b"prefer" in headers)
+            return denied_response(decision, request_id)
+        return admitted_response(decision, minimal=b"prefer" in headers)
 
 
 def _plain_path(scope: Scope) -> re.Match[str] | None:

@@ -9,11 +9,27 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
-from app.api.problem_types import PROBLEMS, ProblemCode, problem_type_path
+from app.api.problem_types import (
+    BUDGET_EXCEEDED,
+    IDEMPOTENCY_CONFLICT,
+    RATE_LIMITED,
+    TOOL_NOT_AUTHORIZED,
+    ProblemCode,
+)
 from app.api.schemas import Count
 from app.domain.admission import NextAction
 from app.domain.session import MAX_INT32
-from app.http.auth import Scope
+from app.http.problems import (
+    INSUFFICIENT_SCOPE,
+    INTERNAL_ERROR,
+    MALFORMED_JSON,
+    PAYLOAD_TOO_LARGE,
+    STORE_UNAVAILABLE,
+    UNAUTHENTICATED,
+    UNSUPPORTED_MEDIA_TYPE,
+    VALIDATION_FAILED,
+    ProblemType,
+)
 
 TAGS = [
     {"name": "sessions", "description": "Issue and end task sessions."},
@@ -76,11 +92,23 @@ class Problem(BaseModel):
     agent_message: str = Field(default="", description="One sentence for the agent.")
 
 
-def problem_responses(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can answer with these codes."""
+ALWAYS = (
+    VALIDATION_FAILED,
+    UNAUTHENTICATED,
+    INSUFFICIENT_SCOPE,
+    STORE_UNAVAILABLE,
+    INTERNAL_ERROR,
+)
+"""What any route with a key can answer."""
+
+WITH_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, IDEMPOTENCY_CONFLICT)
+"""What a route that takes a body can answer besides."""
+
+
+def problem_responses(*kinds: ProblemType) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can answer with these problems."""
     found: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
-        kind = PROBLEMS[code]
+    for kind in kinds:
         response = found.setdefault(
             kind.status,
             {
@@ -98,43 +126,42 @@ def problem_responses(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
             response["headers"]["Retry-After"] = _header(
                 "Seconds to wait; only if the same request can pass then.", "integer"
             )
-        response["content"]["application/problem+json"]["examples"][code.value] = {
+        response["content"]["application/problem+json"]["examples"][kind.code] = {
             "summary": kind.title,
-            "value": _example(code),
+            "value": _example(kind),
         }
     return found
 
 
-def _example(code: ProblemCode) -> dict[str, Any]:
-    kind = PROBLEMS[code]
+def _example(kind: ProblemType) -> dict[str, Any]:
     example: dict[str, Any] = {
-        "type": problem_type_path(code),
+        "type": kind.path,
         "title": kind.title,
         "status": kind.status,
-        "code": code.value,
+        "code": kind.code,
         "detail": kind.detail,
         "instance": "/requests/4f1d2c3b5a69-2a",
         "request_id": "4f1d2c3b5a69-2a",
     }
     if kind.agent_message is not None:
         example["agent_message"] = kind.agent_message
-    return example | _DENIAL_EXAMPLES.get(code, {})
+    return example | _DENIAL_EXAMPLES.get(kind, {})
 
 
-_DENIAL_EXAMPLES: dict[ProblemCode, dict[str, Any]] = {
-    ProblemCode.BUDGET_EXCEEDED: {
+_DENIAL_EXAMPLES: dict[ProblemType, dict[str, Any]] = {
+    BUDGET_EXCEEDED: {
         "retryable": False,
         "next_action": NextAction.NEW_SESSION.value,
         "violations": [{"code": "budget_exceeded", "limit": 100, "used": 100}],
         "limit": 100,
         "used": 100,
     },
-    ProblemCode.TOOL_NOT_AUTHORIZED: {
+    TOOL_NOT_AUTHORIZED: {
         "retryable": False,
         "next_action": NextAction.USE_AUTHORIZED_TOOL.value,
         "violations": [{"code": "tool_not_authorized", "tool_indexes": [0]}],
     },
-    ProblemCode.RATE_LIMITED: {
+    RATE_LIMITED: {
         "retryable": True,
         "retry_after_secs": 12,
         "next_action": NextAction.WAIT.value,
@@ -142,7 +169,7 @@ _DENIAL_EXAMPLES: dict[ProblemCode, dict[str, Any]] = {
         "limit": 60,
         "used": 60,
     },
-    ProblemCode.VALIDATION_FAILED: {
+    VALIDATION_FAILED: {
         "errors": [
             {"in": "body", "field": "call_budget", "detail": "Input should be a valid integer"}
         ]
@@ -175,11 +202,6 @@ SESSION_LINKS = {
     }
     for operation_id in ("recordCall", "recordBatch", "getSession", "closeSession")
 }
-
-
-def security(*scopes: Scope) -> dict[str, Any]:
-    """The `openapi_extra` of a route for these scopes."""
-    return {"security": [{"apiKey": []}], "x-scopes": [Scope.ADMIN.value, *scopes]}
 
 
 def build_document(app: FastAPI) -> dict[str, Any]:

@@ -8,68 +8,81 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api.openapi import problem_responses, security
-from app.api.problem_types import ProblemCode, explain
+from app.api.openapi import problem_responses
+from app.api.problem_types import PROBLEM_TYPES
 from app.api.schemas import Health
-from app.api.sessions import respond
 from app.domain.errors import StoreUnavailable
 from app.http.auth import Scope
-from app.http.problems import Refused
-from app.http.request import StrictRoute, guarded
-from app.http.response import json_answer
+from app.http.problems import (
+    INSUFFICIENT_SCOPE,
+    NOT_FOUND,
+    SHUTTING_DOWN,
+    STORE_UNAVAILABLE,
+    UNAUTHENTICATED,
+    Refused,
+)
+from app.http.response import json_response
+from app.http.route import PUBLIC, StrictRoute, allow, to_starlette
 
-public = APIRouter(route_class=StrictRoute)
-operate = APIRouter(route_class=guarded(Scope.OPERATE))
+router = APIRouter(route_class=StrictRoute)
 
-_OK = json_answer(200, b'{"status":"ok"}', [])
+_OK = json_response(200, b'{"status":"ok"}', [])
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
-    ProblemCode.STORE_UNAVAILABLE, ProblemCode.SHUTTING_DOWN
+    STORE_UNAVAILABLE, SHUTTING_DOWN
 )
 
 
 # Health checkers use HEAD, which FastAPI does not answer on GET routes by itself.
-@public.head("/livez", include_in_schema=False)
-@public.get("/livez", operation_id="livez", tags=["operations"], response_model=Health)
+@router.head("/livez", include_in_schema=False, openapi_extra=PUBLIC)
+@router.get(
+    "/livez",
+    operation_id="livez",
+    tags=["operations"],
+    response_model=Health,
+    openapi_extra=PUBLIC,
+)
 async def livez() -> Response:
     """Whether the process runs. Needs no key."""
-    return respond(_OK)
+    return to_starlette(_OK)
 
 
-@public.head("/readyz", include_in_schema=False)
-@public.get(
+@router.head("/readyz", include_in_schema=False, openapi_extra=PUBLIC)
+@router.get(
     "/readyz",
     operation_id="readyz",
     tags=["operations"],
     response_model=Health,
     responses=_UNAVAILABLE,
+    openapi_extra=PUBLIC,
 )
 async def readyz(request: Request) -> Response:
     """Whether requests can be served: the store answers, and this process is not
     about to stop. Needs no key."""
     await request.app.state.service.ready()
-    return respond(_OK)
+    return to_starlette(_OK)
 
 
-@public.head("/healthz", include_in_schema=False)
-@public.get(
+@router.head("/healthz", include_in_schema=False, openapi_extra=PUBLIC)
+@router.get(
     "/healthz",
     operation_id="healthz",
     tags=["operations"],
     response_model=Health,
     responses=_UNAVAILABLE,
+    openapi_extra=PUBLIC,
 )
 async def healthz(request: Request) -> Response:
     """The same as /readyz, under its older name. Needs no key."""
     return await readyz(request)
 
 
-@operate.get(
+@router.get(
     "/metrics",
     operation_id="metrics",
     tags=["operations"],
     response_class=PlainTextResponse,
-    responses=problem_responses(ProblemCode.UNAUTHENTICATED, ProblemCode.INSUFFICIENT_SCOPE),
-    openapi_extra=security(Scope.OPERATE),
+    responses=problem_responses(UNAUTHENTICATED, INSUFFICIENT_SCOPE),
+    openapi_extra=allow(Scope.OPERATE),
 )
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format, also while the store does not answer."""
@@ -82,9 +95,10 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@public.get("/problems/{code}", include_in_schema=False)
+@router.get("/problems/{code}", include_in_schema=False, openapi_extra=PUBLIC)
 async def problem_page(code: str) -> Response:
     """What a problem code means and what to do about it."""
-    if code not in list(ProblemCode):
-        raise Refused(ProblemCode.NOT_FOUND)
-    return PlainTextResponse(explain(ProblemCode(code)))
+    kind = PROBLEM_TYPES.get(code)
+    if kind is None:
+        raise Refused(NOT_FOUND)
+    return PlainTextResponse(kind.explain())

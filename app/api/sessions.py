@@ -1,113 +1,48 @@
-"""The framework lane: sessions, admission and agents, and what OpenAPI says of them."""
+"""Routes that create, read, list and close sessions."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic_core import to_json
 
 from app.api.dependencies import (
     DEFAULT_PAGE,
-    AgentId,
     Asker,
-    DryRun,
     Idempotency,
     Limit,
-    Minimal,
     Service,
     SessionId,
 )
+from app.api.encode import created_response, denied_response, encode_session, page_response
 from app.api.openapi import (
+    ALWAYS,
     CREATED_HEADERS,
-    RATE_HEADERS,
     SESSION_LINKS,
+    WITH_BODY,
     problem_responses,
-    security,
 )
-from app.api.problem_types import ProblemCode
-from app.api.schemas import (
-    Agent,
-    AgentSessionsClosed,
-    CreateSession,
-    RecordBatch,
-    RecordCall,
-    Session,
-    SessionPage,
-    UuidText,
+from app.api.problem_types import (
+    SESSION_CLOSED,
+    SESSION_NOT_FOUND,
+    TOO_MANY_SESSIONS,
+    session_not_found,
 )
-from app.domain.admission import Admitted, Denied
+from app.api.schemas import CreateSession, Session, SessionPage, UuidText
+from app.domain.admission import Denied
 from app.domain.session import SessionStatus
 from app.http.auth import Scope
-from app.http.problems import Refused, denied_answer
-from app.http.request import guarded
-from app.http.response import (
-    Answer,
-    admitted_answer,
-    created_answer,
-    encode_session,
-    json_answer,
-    page_answer,
-)
+from app.http.problems import OVERLOADED
+from app.http.response import json_response
+from app.http.route import StrictRoute, allow, to_starlette
 from app.store.contract import SessionFilter
 
-proxy = APIRouter(route_class=guarded(Scope.PROXY))
-reading = APIRouter(route_class=guarded(Scope.PROXY, Scope.OPERATE))
-operate = APIRouter(route_class=guarded(Scope.OPERATE))
+router = APIRouter(route_class=StrictRoute)
 
-FOR_PROXY = security(Scope.PROXY)
-FOR_READING = security(Scope.PROXY, Scope.OPERATE)
-FOR_OPERATE = security(Scope.OPERATE)
+_CREATION = problem_responses(*WITH_BODY, TOO_MANY_SESSIONS, *ALWAYS, OVERLOADED)
 
 
-_ALWAYS = (
-    ProblemCode.VALIDATION_FAILED,
-    ProblemCode.UNAUTHENTICATED,
-    ProblemCode.INSUFFICIENT_SCOPE,
-    ProblemCode.STORE_UNAVAILABLE,
-    ProblemCode.INTERNAL_ERROR,
-)
-_BODY = (
-    ProblemCode.MALFORMED_JSON,
-    ProblemCode.PAYLOAD_TOO_LARGE,
-    ProblemCode.UNSUPPORTED_MEDIA_TYPE,
-    ProblemCode.IDEMPOTENCY_CONFLICT,
-)
-_CREATION = problem_responses(
-    *_BODY, ProblemCode.TOO_MANY_SESSIONS, *_ALWAYS, ProblemCode.OVERLOADED
-)
-_ADMISSION = problem_responses(
-    ProblemCode.SESSION_NOT_FOUND,
-    ProblemCode.AGENT_MISMATCH,
-    ProblemCode.SESSION_CLOSED,
-    ProblemCode.SESSION_EXPIRED,
-    ProblemCode.BUDGET_EXCEEDED,
-    ProblemCode.TOOL_NOT_AUTHORIZED,
-    ProblemCode.SENSITIVITY_EXCEEDED,
-    ProblemCode.RATE_LIMITED,
-    *_BODY,
-    *_ALWAYS,
-) | {
-    200: {"description": "Admitted and counted.", "headers": RATE_HEADERS},
-    204: {"description": "Admitted and counted; no body asked for.", "headers": RATE_HEADERS},
-}
-
-
-def respond(answer: Answer) -> Response:
-    """The answer as FastAPI wants it, its headers untouched."""
-    response = Response(status_code=answer.status)
-    response.body = answer.body
-    response.raw_headers = list(answer.headers)
-    return response
-
-
-def _decided(request: Request, decision: Admitted | Denied, *, minimal: bool) -> Response:
-    if isinstance(decision, Denied):
-        return respond(denied_answer(decision, request.state.request_id))
-    return respond(admitted_answer(decision, minimal=minimal))
-
-
-@proxy.post(
+@router.post(
     "/sessions",
     operation_id="createSession",
     summary="Create a session",
@@ -116,7 +51,7 @@ def _decided(request: Request, decision: Admitted | Denied, *, minimal: bool) ->
     response_model=Session,
     responses=_CREATION
     | {201: {"description": "Created.", "headers": CREATED_HEADERS, "links": SESSION_LINKS}},
-    openapi_extra=FOR_PROXY,
+    openapi_extra=allow(Scope.PROXY),
 )
 async def create_session(
     request: Request,
@@ -133,18 +68,18 @@ async def create_session(
         idempotency=idempotency,
     )
     if isinstance(decision, Denied):
-        return respond(denied_answer(decision, request.state.request_id))
-    return respond(created_answer(decision))
+        return to_starlette(denied_response(decision, request.state.request_id))
+    return to_starlette(created_response(decision))
 
 
-@operate.get(
+@router.get(
     "/sessions",
     operation_id="listSessions",
     summary="List sessions",
     tags=["sessions"],
     response_model=SessionPage,
-    responses=problem_responses(*_ALWAYS),
-    openapi_extra=FOR_OPERATE,
+    responses=problem_responses(*ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
 )
 async def list_sessions(
     service: Service,
@@ -157,36 +92,34 @@ async def list_sessions(
     page = await service.list_sessions(
         SessionFilter(agent_id, status), limit=limit, cursor=cursor
     )
-    return respond(page_answer(page))
+    return to_starlette(page_response(page))
 
 
-@reading.get(
+@router.get(
     "/sessions/{session_id}",
     operation_id="getSession",
     summary="Read a session",
     tags=["sessions"],
     response_model=Session,
-    responses=problem_responses(ProblemCode.SESSION_NOT_FOUND, *_ALWAYS),
-    openapi_extra=FOR_READING,
+    responses=problem_responses(SESSION_NOT_FOUND, *ALWAYS),
+    openapi_extra=allow(Scope.PROXY, Scope.OPERATE),
 )
 async def get_session(session_id: SessionId, service: Service) -> Response:
     """The session as it is now. Reading it changes nothing."""
     session = await service.get_session(session_id)
     if session is None:
-        raise Refused(ProblemCode.SESSION_NOT_FOUND)
-    return respond(json_answer(200, encode_session(session), []))
+        raise session_not_found()
+    return to_starlette(json_response(200, encode_session(session), []))
 
 
-@operate.delete(
+@router.delete(
     "/sessions/{session_id}",
     operation_id="closeSession",
     summary="Close a session",
     tags=["sessions"],
     response_model=Session,
-    responses=problem_responses(
-        ProblemCode.SESSION_NOT_FOUND, ProblemCode.SESSION_CLOSED, *_ALWAYS
-    ),
-    openapi_extra=FOR_OPERATE,
+    responses=problem_responses(SESSION_NOT_FOUND, SESSION_CLOSED, *ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
 )
 async def close_session(
     request: Request, session_id: SessionId, service: Service, origin: Asker
@@ -194,103 +127,5 @@ async def close_session(
     """End a session for good, an expired one too. A second time is a conflict."""
     outcome = await service.close_session(session_id, origin)
     if isinstance(outcome, Denied):
-        return respond(denied_answer(outcome, request.state.request_id))
-    return respond(json_answer(200, encode_session(outcome), []))
-
-
-@proxy.post(
-    "/sessions/{session_id}/calls",
-    operation_id="recordCall",
-    summary="Admit one call",
-    tags=["admission"],
-    response_model=Session,
-    responses=_ADMISSION,
-    openapi_extra=FOR_PROXY,
-)
-async def record_call(
-    *,
-    request: Request,
-    session_id: SessionId,
-    body: RecordCall,
-    service: Service,
-    origin: Asker,
-    idempotency: Idempotency,
-    minimal: Minimal,
-    dry_run: DryRun = False,
-) -> Response:
-    """Decide whether the session may call this tool now and, if yes, count the call."""
-    decision = await service.record_call(
-        session_id,
-        body.tool_name,
-        origin,
-        agent_id=body.agent_id,
-        data_sensitivity=body.data_sensitivity,
-        idempotency=idempotency,
-        dry_run=dry_run,
-    )
-    return _decided(request, decision, minimal=minimal)
-
-
-@proxy.post(
-    "/sessions/{session_id}/batch",
-    operation_id="recordBatch",
-    summary="Admit several calls, all or none",
-    tags=["admission"],
-    response_model=Session,
-    responses=_ADMISSION,
-    openapi_extra=FOR_PROXY,
-)
-async def record_batch(
-    *,
-    request: Request,
-    session_id: SessionId,
-    body: RecordBatch,
-    service: Service,
-    origin: Asker,
-    idempotency: Idempotency,
-    minimal: Minimal,
-    dry_run: DryRun = False,
-) -> Response:
-    """Decide about all of the calls and, if every one may be made, count them all."""
-    decision = await service.record_batch(
-        session_id,
-        tuple(body.tool_names),
-        origin,
-        agent_id=body.agent_id,
-        data_sensitivity=body.data_sensitivity,
-        idempotency=idempotency,
-        dry_run=dry_run,
-    )
-    return _decided(request, decision, minimal=minimal)
-
-
-@operate.get(
-    "/agents/{agent_id}",
-    operation_id="getAgent",
-    summary="Count an agent's active sessions",
-    tags=["agents"],
-    response_model=Agent,
-    responses=problem_responses(ProblemCode.NOT_FOUND, *_ALWAYS),
-    openapi_extra=FOR_OPERATE,
-)
-async def get_agent(agent_id: AgentId, service: Service) -> Response:
-    """How many sessions of the agent are active; 0 for an agent never seen."""
-    active = await service.count_active_sessions(agent_id)
-    return respond(
-        json_answer(200, to_json({"agent_id": agent_id, "active_sessions": active}), [])
-    )
-
-
-@operate.delete(
-    "/agents/{agent_id}/sessions",
-    operation_id="closeAgentSessions",
-    summary="Close all sessions of an agent",
-    tags=["agents"],
-    response_model=AgentSessionsClosed,
-    responses=problem_responses(ProblemCode.NOT_FOUND, *_ALWAYS),
-    openapi_extra=FOR_OPERATE,
-)
-async def close_agent_sessions(agent_id: AgentId, service: Service, origin: Asker) -> Response:
-    """The kill switch: close every active session of the agent in one step."""
-    closed = await service.close_agent_sessions(agent_id, origin)
-    return respond(json_answer(200, to_json({"agent_id": agent_id, "closed": closed}), []))
+        return to_starlette(denied_response(outcome, request.state.request_id))
+    return to_starlette(json_response(200, encode_session(outcome), []))

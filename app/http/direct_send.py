@@ -16,18 +16,22 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from app.http.response import Answer, Headers
+from app.http.response import Headers, RawResponse
 
 CLOSE = (b"connection", b"close")
 
 
-def encode_answer(answer: Answer, before: Headers, after: Headers) -> bytes:
+def encode_response(response: RawResponse, before: Headers, after: Headers) -> bytes:
     """The bytes of an answer, with headers before and after its own."""
-    lines = map(b": ".join, (*before, *answer.headers, *after))
-    return b"%b%b\r\n\r\n%b" % (STATUS_LINE[answer.status], b"\r\n".join(lines), answer.body)
+    lines = map(b": ".join, (*before, *response.headers, *after))
+    return b"%b%b\r\n\r\n%b" % (
+        STATUS_LINE[response.status],
+        b"\r\n".join(lines),
+        response.body,
+    )
 
 
-def send_directly(send: Callable[..., Any], answer: Answer, extra: Headers) -> bool:
+def send_directly(send: Callable[..., Any], response: RawResponse, extra: Headers) -> bool:
     """Write the answer with its headers and `extra`. False if nothing was written, and the
     answer has to be sent the ASGI way."""
     cycle = getattr(send, "__self__", None)
@@ -43,7 +47,7 @@ def send_directly(send: Callable[..., Any], answer: Answer, extra: Headers) -> b
         extra = [*extra, CLOSE]
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
-    cycle.transport.write(encode_answer(answer, cycle.default_headers, extra))
+    cycle.transport.write(encode_response(response, cycle.default_headers, extra))
     cycle.message_event.set()
     if not cycle.keep_alive:
         cycle.transport.close()

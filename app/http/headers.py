@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from app.http.request import invalid
+from app.http.problems import invalid_field
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
@@ -37,7 +37,7 @@ def idempotency_key(values: Iterable[str]) -> str | None:
 
 
 def _bad_key(detail: str) -> Exception:
-    return invalid("header", "Idempotency-Key", detail)
+    return invalid_field("header", "Idempotency-Key", detail)
 
 
 def wants_minimal(values: Iterable[str]) -> bool:

@@ -1,80 +1,63 @@
-"""The outermost layer of the framework lane: every answer gets a request id and
-`Cache-Control: no-store`, every request is timed, and nothing that fails inside leaves
-as anything but a problem."""
+"""What every request served by FastAPI gets: a request id, `Cache-Control: no-store`, a
+measured duration, and a problem in place of anything that fails inside."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from itertools import count
-from secrets import token_hex
+from collections.abc import Callable
 
+import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.problem_types import ProblemCode
 from app.domain.errors import ArbiterError, ShuttingDown
-from app.http.problems import Refused, error_answer, refused_answer
-from app.http.response import Answer, Headers
-from app.observability.logs import get_logger
-from app.observability.metrics import Metrics
+from app.http.problems import INTERNAL_ERROR, Refused, error_response, refused_response
+from app.http.request_id import REQUEST_ID, choose_request_id
+from app.http.response import Headers, RawResponse
 
 NO_STORE = (b"cache-control", b"no-store")
-REQUEST_ID = b"x-request-id"
 UNMATCHED = "unmatched"
 """The route label of requests that no route took."""
 
-_ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-# Random once and counted from there: unique, and much cheaper than random every time.
-_prefix = token_hex(6)
-_serial = count(1)
-
-
-def accept_request_id(sent: bytes | None) -> str:
-    """The id that the client sent, if it is one we accept, or else a new one that this
-    service has not used before."""
-    if sent is not None and _ACCEPTED_ID.fullmatch(sent):
-        return sent.decode("ascii")
-    return f"{_prefix}-{next(_serial):x}"
-
+ObserveRequest = Callable[[str, str, int, float], None]
+"""Called with method, path template, status and duration in seconds."""
 
 Failure = (Exception, asyncio.CancelledError)
-"""What ends a request without an answer of its own. Only the server cancels, when it has to
-stop and waits no longer; what is cancelled is answered and is then over."""
+"""What ends a request without a response. Only the server cancels, when it stops and the time
+for requests in flight is over."""
 
 
-def failed_answer(error: BaseException, request_id: str) -> Answer:
-    """The answer to a request during which `error`, a `Failure`, was raised. A defect is
-    logged."""
+def failed_response(error: BaseException, request_id: str) -> RawResponse:
+    """The response to a request that ended with `error`, a `Failure`. Defects are logged."""
     if isinstance(error, asyncio.CancelledError):
         error = ShuttingDown()
     if isinstance(error, ArbiterError):
-        return error_answer(error, request_id)
-    get_logger().exception("request failed", request_id=request_id)
-    return refused_answer(Refused(ProblemCode.INTERNAL_ERROR), request_id)
+        return error_response(error, request_id)
+    structlog.get_logger("arbiter").exception("request failed", request_id=request_id)
+    return refused_response(Refused(INTERNAL_ERROR), request_id)
 
 
 def common_headers(request_id: str) -> Headers:
-    """What every answer has."""
+    """The headers of every response."""
     return [(REQUEST_ID, request_id.encode()), NO_STORE]
 
 
-async def send_answer(send: Send, answer: Answer, extra: Headers) -> None:
-    """Send a whole answer with its headers and `extra`."""
-    headers = [*answer.headers, *extra]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
+async def send_response(send: Send, response: RawResponse, extra: Headers) -> None:
+    """Send a whole response with its own headers and `extra`."""
+    headers = [*response.headers, *extra]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
-class Envelope:
-    """ASGI middleware. The request id is in `scope["state"]["request_id"]`."""
+class RequestMiddleware:
+    """The outermost ASGI layer. Puts the request id into `scope["state"]["request_id"]`."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, observe: ObserveRequest) -> None:
         self._app = app
-        self._metrics = metrics
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -83,11 +66,11 @@ class Envelope:
             return
         started = time.perf_counter()
         sent = [value for name, value in scope["headers"] if name == REQUEST_ID]
-        request_id = accept_request_id(sent[0] if len(sent) == 1 else None)
+        request_id = choose_request_id(sent)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
-        async def send_wrapped(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -95,19 +78,18 @@ class Envelope:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_wrapped)
+            await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            # Nobody is left to answer.
+            # The client has gone; there is no one to answer.
             return
         except Failure as error:
-            answer = failed_answer(error, request_id)
+            response = failed_response(error, request_id)
             if status:
                 raise
-            status = answer.status
-            await send_answer(send, answer, common_headers(request_id))
+            status = response.status
+            await send_response(send, response, common_headers(request_id))
         finally:
             if status:
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 route = getattr(scope.get("route"), "path", UNMATCHED)
-                elapsed = time.perf_counter() - started
-                self._metrics.request(method, route, status).observe(elapsed)
+                self._observe(method, route, status, time.perf_counter() - started)

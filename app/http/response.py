@@ -1,192 +1,23 @@
-"""Answers: status, headers and bytes. Both lanes send these, so that they cannot differ."""
+"""A whole HTTP response: status, headers and body bytes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import NamedTuple
-
-from pydantic_core import to_json
-
-from app.domain.admission import Admitted, DenialCode, Denied
-from app.domain.session import MICROSECONDS, Grant, Session
-from app.domain.tools import AllowList
-from app.store.contract import Page
 
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
-REPLAYED = (b"idempotency-replayed", b"true")
-MINIMAL = (b"preference-applied", b"return=minimal")
 
 
-class Answer(NamedTuple):
-    """A whole response, except for what the server itself adds."""
+class RawResponse(NamedTuple):
+    """A whole response, except for the headers that the server itself adds."""
 
     status: int
     headers: Headers
     body: bytes = b""
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def instant(microseconds: int) -> bytes:
-    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
-    secs, rest = divmod(microseconds, MICROSECONDS)
-    return b"%b.%06dZ" % (_second(secs), rest)
-
-
-@lru_cache(maxsize=8192)
-def _second(secs: int) -> bytes:
-    # Kept for a while: sessions begin, end and open their windows in the same seconds.
-    moment = _EPOCH + timedelta(seconds=secs)
-    return moment.isoformat(timespec="seconds")[:-6].encode()
-
-
-class _Fixed(NamedTuple):
-    """What is said of a session again and again and never changes."""
-
-    body: bytes
-    """The first fields of its JSON, without the last brace."""
-    policy: tuple[bytes, bytes]
-    """Its `RateLimit-Policy` header."""
-
-
-FIXED_PARTS = 16_384
-"""Sessions whose fixed part is kept, about 600 bytes each."""
-
-_fixed_parts: OrderedDict[str, _Fixed] = OrderedDict()
-
-
-def _fixed(session: Session) -> _Fixed:
-    """Encoded once and kept while the session is among the latest; ids are never reused."""
-    known = _fixed_parts.get(session.session_id)
-    if known is None:
-        known = _Fixed(_encode_fixed(session), _policy(session.grant))
-        _fixed_parts[session.session_id] = known
-        if len(_fixed_parts) > FIXED_PARTS:
-            _fixed_parts.popitem(last=False)
-    return known
-
-
-def _encode_fixed(session: Session) -> bytes:
-    # By hand, since with very many sessions most answers need it: texts that could hold
-    # anything are encoded by the library, ids and tiers need no escaping.
-    grant = session.grant
-    rate = grant.rate_limit_per_minute
-    return (
-        b'{"session_id":"%b","agent_id":"%b","declared_intent":%b,'
-        b'"delegation_chain_snapshot":%b,"authorized_tools":%b,"time_limit_secs":%d,'
-        b'"call_budget":%d,%b"rate_limit_window_secs":%d,"data_sensitivity_ceiling":"%b",'
-        b'"created_at":"%b","expires_at":"%b"'
-    ) % (
-        session.session_id.encode(),
-        grant.agent_id.encode(),
-        to_json(grant.declared_intent),
-        to_json(grant.delegation_chain_snapshot),
-        _encode_tools(grant.authorized_tools),
-        grant.time_limit_secs,
-        grant.call_budget,
-        b"" if rate is None else b'"rate_limit_per_minute":%d,' % rate,
-        grant.rate_limit_window_secs,
-        grant.data_sensitivity_ceiling.encode(),
-        instant(session.created_at),
-        instant(session.expires_at),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _encode_tools(tools: AllowList) -> bytes:
-    return to_json(tools.entries)
-
-
-def _policy(grant: Grant) -> tuple[bytes, bytes]:
-    policy = b'"budget";q=%d' % grant.call_budget
-    limit = grant.rate_limit_per_minute
-    if limit is not None:
-        policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
-    return (b"ratelimit-policy", policy)
-
-
-def encode_session(session: Session) -> bytes:
-    """The JSON of a session. What can change during its life comes last."""
-    remaining = session.calls_remaining
-    if session.closed_at is None and session.as_of < session.expires_at:
-        state = _ACTIVE if remaining > 0 else _SPENT
-    else:
-        state = b'"%b","is_active":false}' % session.status.encode()
-    return (
-        b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
-        b'"rate_window_calls":%d,"status":%b'
-    ) % (
-        _fixed(session).body,
-        session.calls_made,
-        remaining,
-        instant(session.rate_window_start),
-        session.rate_window_calls,
-        state,
-    )
-
-
-_ACTIVE = b'"active","is_active":true}'
-_SPENT = b'"active","is_active":false}'
-
-
-def rate_headers(session: Session) -> Headers:
-    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
-
-    The budget never refills, so that it has neither a window nor a reset. A window that
-    has elapsed is whole again and has no reset either.
-    """
-    limit = session.grant.rate_limit_per_minute
-    remaining = session.calls_remaining
-    if limit is None:
-        state = b'"budget";r=%d' % remaining
-    elif (left_open := session.window_ends_at - session.as_of) > 0:
-        state = b'"budget";r=%d, "window";r=%d;t=%d' % (
-            remaining,
-            limit - session.rate_window_calls,
-            -(-left_open // MICROSECONDS),
-        )
-    else:
-        state = b'"budget";r=%d, "window";r=%d' % (remaining, limit)
-    return [_fixed(session).policy, (b"ratelimit", state)]
-
-
-def has_rate_headers(denied: Denied) -> bool:
-    """Whether a denial is about a figure that the rate headers report."""
-    return denied.code in (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
-
-
-def json_answer(status: int, body: bytes, headers: Headers) -> Answer:
-    """An answer with a JSON body."""
-    return Answer(status, [JSON, (b"content-length", b"%d" % len(body)), *headers], body)
-
-
-def admitted_answer(admitted: Admitted, *, minimal: bool) -> Answer:
-    """The answer to calls that were admitted: the session, or with `minimal` no body
-    (RFC 7240, section 4.2)."""
-    headers = rate_headers(admitted.session)
-    if admitted.replayed:
-        headers.append(REPLAYED)
-    if minimal:
-        return Answer(204, [*headers, MINIMAL])
-    return json_answer(200, encode_session(admitted.session), headers)
-
-
-def created_answer(admitted: Admitted) -> Answer:
-    """The answer to a creation."""
-    location = b"/sessions/" + admitted.session.session_id.encode()
-    headers = [(b"location", location)]
-    if admitted.replayed:
-        headers.append(REPLAYED)
-    return json_answer(201, encode_session(admitted.session), headers)
-
-
-def page_answer(page: Page) -> Answer:
-    """A page of sessions."""
-    items = b",".join(map(encode_session, page.sessions))
-    cursor = b"" if page.next_cursor is None else b',"next_cursor":' + to_json(page.next_cursor)
-    return json_answer(200, b'{"items":[%b]%b}' % (items, cursor), [])
+def json_response(status: int, body: bytes, headers: Headers) -> RawResponse:
+    """A response with a JSON body."""
+    headers = [JSON, (b"content-length", b"%d" % len(body)), *headers]
+    return RawResponse(status, headers, body)

@@ -96,6 +96,12 @@ class Metrics:
             known = self.requests[key] = Histogram(REQUEST_BUCKETS_SECS)
         return known
 
+    def observe_request(
+        self, method: str, route: str, status: int, duration_secs: float
+    ) -> None:
+        """Count one request to `route`, a path template."""
+        self.request(method, route, status).observe(duration_secs)
+
     def counts(self) -> Counts:
         """What `add` takes."""
         return Counts(

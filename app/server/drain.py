@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from app.observability.logs import get_logger
 from app.server.gate import Gate
-from app.service import SessionService
 
 
 class Drain:
@@ -18,9 +17,9 @@ class Drain:
     that load balancers and clients go elsewhere; `delay_secs` later, or at a second SIGTERM,
     the server is told to stop, which finishes what it has begun."""
 
-    def __init__(self, gate: Gate, service: SessionService, delay_secs: float) -> None:
+    def __init__(self, gate: Gate, retire: Callable[[], None], delay_secs: float) -> None:
         self._gate = gate
-        self._service = service
+        self._retire = retire
         self._delay_secs = delay_secs
 
     @contextmanager
@@ -41,7 +40,7 @@ class Drain:
                 stop_now()
                 return
             get_logger().info("stopping", delay_secs=self._delay_secs)
-            self._service.retire()
+            self._retire()
             self._gate.draining = True
             loop.call_later(self._delay_secs, stop_now)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from app.api.problem_types import ProblemCode
-from app.http.problems import Refused
+from app.http.problems import MALFORMED_REQUEST, Refused
 
 MAX_FIELDS = 64
 MAX_BYTES = 16_384
@@ -47,4 +46,4 @@ def fault(fields: Fields, version: str) -> Refused | None:
 
 
 def _malformed(detail: str) -> Refused:
-    return Refused(ProblemCode.MALFORMED_REQUEST, detail)
+    return Refused(MALFORMED_REQUEST, detail)

@@ -23,8 +23,14 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.api.problem_types import ProblemCode
-from app.http.problems import Refused
+from app.http.problems import (
+    HEADERS_TOO_LARGE,
+    MALFORMED_REQUEST,
+    OVERLOADED,
+    PAYLOAD_TOO_LARGE,
+    REQUEST_TIMEOUT,
+    Refused,
+)
 from app.http.request import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
 from app.server import head
@@ -44,7 +50,6 @@ LINGER_SECS = 1.0
 # With none of these, what may be kept alive is HTTP/1.1, which would take longer to ask.
 _RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
-_OVERLOADED = ProblemCode.OVERLOADED.value
 _turned_away = TurnedAway()
 
 
@@ -132,7 +137,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.flow.hold()
         except (httptools.HttpParserError, _StopParsing):
             if self._refused is None:
-                self._refuse(self._reason or Refused(ProblemCode.MALFORMED_REQUEST))
+                self._refuse(self._reason or Refused(MALFORMED_REQUEST))
 
     def _on_part(self, read_bytes: int) -> None:
         """See to a message that has not come whole yet, if there is one."""
@@ -147,7 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not (self._skipping or self._is_in_body()):
             self._check_head_size()
         elif self._later_bytes > MAX_MESSAGE_BYTES:
-            self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
+            self._stop(Refused(PAYLOAD_TOO_LARGE))
 
     @override
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
@@ -176,7 +181,7 @@ class LimitedProtocol(HttpToolsProtocol):
         headers = self.headers
         headers.append((name.lower(), value))
         if len(headers) > head.MAX_FIELDS:
-            self._stop(Refused(ProblemCode.HEADERS_TOO_LARGE))
+            self._stop(Refused(HEADERS_TOO_LARGE))
 
     @override
     def on_headers_complete(self) -> None:
@@ -192,7 +197,7 @@ class LimitedProtocol(HttpToolsProtocol):
         length = fields.get(b"content-length")
         # The parser has seen to it that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
-            self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
+            self._stop(Refused(PAYLOAD_TOO_LARGE))
         if self._large_read or self._timed is self.scope:
             self._check_head_size()
         if self._holds_place:
@@ -204,7 +209,7 @@ class LimitedProtocol(HttpToolsProtocol):
             ends = self.expect_100_continue or b"transfer-encoding" in fields
             ends = ends or not self.parser.should_keep_alive()
             if not self._turn_away(self.parser.get_method(), self.headers, ends=ends):
-                self._stop(Refused(ProblemCode.OVERLOADED))
+                self._stop(Refused(OVERLOADED))
             self._skipping = True
             self._set_deadline(self._gate.request_timeout_secs)
             return
@@ -215,7 +220,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _check_pipeline(self) -> None:
         """Let a few messages wait for the one that is served, and read no more meanwhile."""
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._stop(Refused(ProblemCode.OVERLOADED))
+            self._stop(Refused(OVERLOADED))
         self.flow.hold()
 
     def _check_fields(self, fields: dict[bytes, bytes]) -> None:
@@ -234,7 +239,7 @@ class LimitedProtocol(HttpToolsProtocol):
         # of one that is not, what came after the first read.
         known = head.size_bytes(self.url, self.headers)
         if max(known, self._later_bytes) > head.MAX_BYTES:
-            self._stop(Refused(ProblemCode.HEADERS_TOO_LARGE))
+            self._stop(Refused(HEADERS_TOO_LARGE))
 
     def _stop(self, reason: Refused) -> NoReturn:
         """Refuse what is being received."""
@@ -246,7 +251,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._chunked_bytes is not None:
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
-                self._stop(Refused(ProblemCode.PAYLOAD_TOO_LARGE))
+                self._stop(Refused(PAYLOAD_TOO_LARGE))
         if self.cycle is not None and not self._skipping:
             self.cycle.body += body
 
@@ -269,7 +274,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if not full or self._has_place_for(cycle):
                 self._serve(cycle)
             elif not self._turn_away_whole(cycle):
-                self._stop(Refused(ProblemCode.OVERLOADED))
+                self._stop(Refused(OVERLOADED))
 
     # What is done with a request.
 
@@ -307,7 +312,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if not self._turn_away_whole(cycle):
                 self.pipeline.clear()
                 if self._refused is None:
-                    self._refuse(Refused(ProblemCode.OVERLOADED))
+                    self._refuse(Refused(OVERLOADED))
                     return
         if self._refused is not None:
             self._write_refusal(self._refused)
@@ -343,7 +348,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if ends or self._ends or self._gate.draining or self.flow.write_paused:
             return False
         self._answered = True
-        self._metrics.refused[_OVERLOADED] += 1
+        self._metrics.refused[OVERLOADED.code] += 1
         answer = _turned_away.answer(sent, self.server_state.default_headers)
         if method == b"HEAD":
             answer = answer[: answer.index(b"\r\n\r\n") + 4]
@@ -411,7 +416,7 @@ class LimitedProtocol(HttpToolsProtocol):
             # It is we who take the time.
             self._set_deadline(self._gate.request_timeout_secs)
         elif self._refused is None and self._is_receiving():
-            self._refuse(Refused(ProblemCode.REQUEST_TIMEOUT))
+            self._refuse(Refused(REQUEST_TIMEOUT))
         else:
             self._await_flushing()
             self.transport.close()
@@ -429,7 +434,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Answer with a problem, after what is being answered, and read no more."""
-        self._metrics.refused[refused.code] += 1
+        self._metrics.refused[refused.kind.code] += 1
         self._refused = refused
         self.flow.hold()
         # They may hold a whole read of what is too large.

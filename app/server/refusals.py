@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from uvicorn._types import HTTPScope
 
-from app.api.problem_types import ProblemCode
-from app.http.direct_send import CLOSE, encode_answer
-from app.http.middleware import REQUEST_ID, accept_request_id, common_headers
-from app.http.problems import Refused, refused_answer
+from app.http.direct_send import CLOSE, encode_response
+from app.http.middleware import common_headers
+from app.http.problems import OVERLOADED, Refused, refused_response
+from app.http.request_id import REQUEST_ID, choose_request_id
 from app.http.response import Headers
 
 _ID_DIGIT = "~"
@@ -20,11 +20,11 @@ def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) 
     """The answer that ends a connection. `scope` is that of the request, as far as it came."""
     headers = [] if scope is None else scope["headers"]
     sent = [value for name, value in headers if name == REQUEST_ID]
-    request_id = accept_request_id(sent[0] if len(sent) == 1 else None)
-    answer = refused_answer(refused, request_id)
+    request_id = choose_request_id(sent)
+    answer = refused_response(refused, request_id)
     if scope is not None and scope.get("method") == "HEAD":
         answer = answer._replace(body=b"")
-    return encode_answer(answer, server_headers, [*common_headers(request_id), CLOSE])
+    return encode_response(answer, server_headers, [*common_headers(request_id), CLOSE])
 
 
 class TurnedAway:
@@ -37,7 +37,8 @@ class TurnedAway:
 
     def answer(self, fields: Iterable[tuple[bytes, bytes]], server_headers: Headers) -> bytes:
         """The answer to the request with these header fields."""
-        request_id = accept_request_id(dict(fields).get(REQUEST_ID)).encode()
+        sent = [value for name, value in fields if name == REQUEST_ID]
+        request_id = choose_request_id(sent).encode()
         if server_headers is not self._headers:
             self._headers = server_headers
             self._parts.clear()
@@ -48,6 +49,6 @@ class TurnedAway:
 
     def _made(self, id_length: int) -> list[bytes]:
         request_id = _ID_DIGIT * id_length
-        answer = refused_answer(Refused(ProblemCode.OVERLOADED), request_id)
-        encoded = encode_answer(answer, self._headers, common_headers(request_id))
+        answer = refused_response(Refused(OVERLOADED), request_id)
+        encoded = encode_response(answer, self._headers, common_headers(request_id))
         return encoded.split(request_id.encode())

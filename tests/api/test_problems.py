@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from app.api.problem_types import PROBLEMS, ProblemCode
+from app.api import problem_types
+from app.api.problem_types import PROBLEM_TYPES
 from app.domain.admission import DenialCode
 from app.domain.errors import StoreUnavailable
+from app.http import problems
+from app.http.problems import ProblemType
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
@@ -32,7 +35,7 @@ async def test_a_denial_is_a_whole_problem(api: Api) -> None:
         "title": "Call budget exceeded",
         "status": 429,
         "code": "budget_exceeded",
-        "detail": "The session's call budget does not allow so many more calls.",
+        "detail": "The session's call budget has too few calls left.",
         "instance": "/requests/r-1",
         "request_id": "r-1",
         "retryable": False,
@@ -46,7 +49,7 @@ async def test_a_denial_is_a_whole_problem(api: Api) -> None:
         "limit": 2,
         "used": 0,
         "agent_message": (
-            "The call budget of this task does not allow it; a new session is needed to go on."
+            "Too few calls are left in the budget of this task; a new session is needed."
         ),
     }
 
@@ -86,22 +89,28 @@ async def test_what_the_agent_is_told_names_no_limits_and_no_tools(api: Api) -> 
 
 def test_every_denial_has_a_problem_and_a_message_for_the_agent() -> None:
     for code in DenialCode:
-        assert PROBLEMS[ProblemCode(code)].agent_message
+        assert PROBLEM_TYPES[code].agent_message
 
 
-def test_every_code_is_described() -> None:
-    assert set(PROBLEMS) == set(ProblemCode)
+def test_every_problem_type_is_listed() -> None:
+    defined = [
+        kind
+        for module in (problem_types, problems)
+        for kind in vars(module).values()
+        if isinstance(kind, ProblemType)
+    ]
+
+    assert len(defined) == len(PROBLEM_TYPES)
+    assert {kind.code for kind in defined} == PROBLEM_TYPES.keys()
 
 
-@pytest.mark.parametrize("code", ProblemCode)
-async def test_the_type_of_a_problem_is_a_page_that_explains_it(
-    api: Api, code: ProblemCode
-) -> None:
+@pytest.mark.parametrize("code", PROBLEM_TYPES)
+async def test_the_type_of_a_problem_is_a_page_that_explains_it(api: Api, code: str) -> None:
     page = await api.client.get(f"/problems/{code}")
 
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/plain; charset=utf-8"
-    assert page.text.startswith(f"{code} (HTTP {PROBLEMS[code].status})")
+    assert page.text.startswith(f"{code} (HTTP {PROBLEM_TYPES[code].status})")
 
 
 class BrokenStore(MemoryStore):

@@ -97,7 +97,7 @@ async def test_an_agent_spends_its_budget_and_no_more(
         ("admitted", "write the proxy"),
         (
             "refused",
-            "The call budget of this task does not allow it; a new session is needed to go on.",
+            "Too few calls are left in the budget of this task; a new session is needed.",
         ),
     ]
 

@@ -1,0 +1,115 @@
+"""Routes that admit calls: decide, and count in the same step."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.dependencies import Asker, DryRun, Idempotency, Minimal, Service, SessionId
+from app.api.encode import admitted_response, denied_response
+from app.api.openapi import ALWAYS, RATE_HEADERS, WITH_BODY, problem_responses
+from app.api.problem_types import (
+    AGENT_MISMATCH,
+    BUDGET_EXCEEDED,
+    RATE_LIMITED,
+    SENSITIVITY_EXCEEDED,
+    SESSION_CLOSED,
+    SESSION_EXPIRED,
+    SESSION_NOT_FOUND,
+    TOOL_NOT_AUTHORIZED,
+)
+from app.api.schemas import RecordBatch, RecordCall, Session
+from app.domain.admission import Admitted, Denied
+from app.http.auth import Scope
+from app.http.route import StrictRoute, allow, to_starlette
+
+router = APIRouter(route_class=StrictRoute)
+
+_ADMISSION = problem_responses(
+    SESSION_NOT_FOUND,
+    AGENT_MISMATCH,
+    SESSION_CLOSED,
+    SESSION_EXPIRED,
+    BUDGET_EXCEEDED,
+    TOOL_NOT_AUTHORIZED,
+    SENSITIVITY_EXCEEDED,
+    RATE_LIMITED,
+    *WITH_BODY,
+    *ALWAYS,
+) | {
+    200: {"description": "Admitted and counted.", "headers": RATE_HEADERS},
+    204: {"description": "Admitted and counted; no body asked for.", "headers": RATE_HEADERS},
+}
+
+
+def _decision_response(
+    request: Request, decision: Admitted | Denied, *, minimal: bool
+) -> Response:
+    if isinstance(decision, Denied):
+        return to_starlette(denied_response(decision, request.state.request_id))
+    return to_starlette(admitted_response(decision, minimal=minimal))
+
+
+@router.post(
+    "/sessions/{session_id}/calls",
+    operation_id="recordCall",
+    summary="Admit one call",
+    tags=["admission"],
+    response_model=Session,
+    responses=_ADMISSION,
+    openapi_extra=allow(Scope.PROXY),
+)
+async def record_call(
+    *,
+    request: Request,
+    session_id: SessionId,
+    body: RecordCall,
+    service: Service,
+    origin: Asker,
+    idempotency: Idempotency,
+    minimal: Minimal,
+    dry_run: DryRun = False,
+) -> Response:
+    """Decide whether the session may call this tool now and, if yes, count the call."""
+    decision = await service.record_call(
+        session_id,
+        body.tool_name,
+        origin,
+        agent_id=body.agent_id,
+        data_sensitivity=body.data_sensitivity,
+        idempotency=idempotency,
+        dry_run=dry_run,
+    )
+    return _decision_response(request, decision, minimal=minimal)
+
+
+@router.post(
+    "/sessions/{session_id}/batch",
+    operation_id="recordBatch",
+    summary="Admit several calls, all or none",
+    tags=["admission"],
+    response_model=Session,
+    responses=_ADMISSION,
+    openapi_extra=allow(Scope.PROXY),
+)
+async def record_batch(
+    *,
+    request: Request,
+    session_id: SessionId,
+    body: RecordBatch,
+    service: Service,
+    origin: Asker,
+    idempotency: Idempotency,
+    minimal: Minimal,
+    dry_run: DryRun = False,
+) -> Response:
+    """Decide about all of the calls and, if every one may be made, count them all."""
+    decision = await service.record_batch(
+        session_id,
+        tuple(body.tool_names),
+        origin,
+        agent_id=body.agent_id,
+        data_sensitivity=body.data_sensitivity,
+        idempotency=idempotency,
+        dry_run=dry_run,
+    )
+    return _decision_response(request, decision, minimal=minimal)

@@ -1,0 +1,50 @@
+"""Routes about all sessions of one agent."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from pydantic_core import to_json
+
+from app.api.dependencies import AgentId, Asker, Service
+from app.api.openapi import ALWAYS, problem_responses
+from app.api.schemas import Agent, AgentSessionsClosed
+from app.http.auth import Scope
+from app.http.problems import NOT_FOUND
+from app.http.response import json_response
+from app.http.route import StrictRoute, allow, to_starlette
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.get(
+    "/agents/{agent_id}",
+    operation_id="getAgent",
+    summary="Count an agent's active sessions",
+    tags=["agents"],
+    response_model=Agent,
+    responses=problem_responses(NOT_FOUND, *ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def get_agent(agent_id: AgentId, service: Service) -> Response:
+    """How many sessions of the agent are active; 0 for an agent never seen."""
+    active = await service.count_active_sessions(agent_id)
+    return to_starlette(
+        json_response(200, to_json({"agent_id": agent_id, "active_sessions": active}), [])
+    )
+
+
+@router.delete(
+    "/agents/{agent_id}/sessions",
+    operation_id="closeAgentSessions",
+    summary="Close all sessions of an agent",
+    tags=["agents"],
+    response_model=AgentSessionsClosed,
+    responses=problem_responses(NOT_FOUND, *ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def close_agent_sessions(agent_id: AgentId, service: Service, origin: Asker) -> Response:
+    """The kill switch: close every active session of the agent in one step."""
+    closed = await service.close_agent_sessions(agent_id, origin)
+    return to_starlette(
+        json_response(200, to_json({"agent_id": agent_id, "closed": closed}), [])
+    )

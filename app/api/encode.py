@@ -1,0 +1,204 @@
+"""Sessions and decisions as they are sent: JSON bodies and rate headers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from pydantic_core import to_json
+
+from app.api.problem_types import DENIALS
+from app.domain.admission import Admitted, DenialCode, Denied, Violation
+from app.domain.session import MICROSECONDS, Grant, Session
+from app.domain.tools import AllowList
+from app.http.problems import problem_response
+from app.http.response import Headers, RawResponse, json_response
+from app.store.contract import Page
+
+REPLAYED = (b"idempotency-replayed", b"true")
+MINIMAL = (b"preference-applied", b"return=minimal")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def instant(microseconds: int) -> bytes:
+    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
+    secs, rest = divmod(microseconds, MICROSECONDS)
+    return b"%b.%06dZ" % (_second(secs), rest)
+
+
+@lru_cache(maxsize=8192)
+def _second(secs: int) -> bytes:
+    # Kept for a while: sessions begin, end and open their windows in the same seconds.
+    moment = _EPOCH + timedelta(seconds=secs)
+    return moment.isoformat(timespec="seconds")[:-6].encode()
+
+
+class _Fixed(NamedTuple):
+    """What is said of a session again and again and never changes."""
+
+    body: bytes
+    """The first fields of its JSON, without the last brace."""
+    policy: tuple[bytes, bytes]
+    """Its `RateLimit-Policy` header."""
+
+
+FIXED_PARTS = 16_384
+"""Sessions whose fixed part is kept, about 600 bytes each."""
+
+_fixed_parts: OrderedDict[str, _Fixed] = OrderedDict()
+
+
+def _fixed(session: Session) -> _Fixed:
+    """Encoded once and kept while the session is among the latest; ids are never reused."""
+    known = _fixed_parts.get(session.session_id)
+    if known is None:
+        known = _Fixed(_encode_fixed(session), _policy(session.grant))
+        _fixed_parts[session.session_id] = known
+        if len(_fixed_parts) > FIXED_PARTS:
+            _fixed_parts.popitem(last=False)
+    return known
+
+
+def _encode_fixed(session: Session) -> bytes:
+    # By hand, since with very many sessions most answers need it: texts that could hold
+    # anything are encoded by the library, ids and tiers need no escaping.
+    grant = session.grant
+    rate = grant.rate_limit_per_minute
+    return (
+        b'{"session_id":"%b","agent_id":"%b","declared_intent":%b,'
+        b'"delegation_chain_snapshot":%b,"authorized_tools":%b,"time_limit_secs":%d,'
+        b'"call_budget":%d,%b"rate_limit_window_secs":%d,"data_sensitivity_ceiling":"%b",'
+        b'"created_at":"%b","expires_at":"%b"'
+    ) % (
+        session.session_id.encode(),
+        grant.agent_id.encode(),
+        to_json(grant.declared_intent),
+        to_json(grant.delegation_chain_snapshot),
+        _encode_tools(grant.authorized_tools),
+        grant.time_limit_secs,
+        grant.call_budget,
+        b"" if rate is None else b'"rate_limit_per_minute":%d,' % rate,
+        grant.rate_limit_window_secs,
+        grant.data_sensitivity_ceiling.encode(),
+        instant(session.created_at),
+        instant(session.expires_at),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _encode_tools(tools: AllowList) -> bytes:
+    return to_json(tools.entries)
+
+
+def _policy(grant: Grant) -> tuple[bytes, bytes]:
+    policy = b'"budget";q=%d' % grant.call_budget
+    limit = grant.rate_limit_per_minute
+    if limit is not None:
+        policy += b', "window";q=%d;w=%d' % (limit, grant.rate_limit_window_secs)
+    return (b"ratelimit-policy", policy)
+
+
+def encode_session(session: Session) -> bytes:
+    """The JSON of a session. What can change during its life comes last."""
+    remaining = session.calls_remaining
+    if session.closed_at is None and session.as_of < session.expires_at:
+        state = _ACTIVE if remaining > 0 else _SPENT
+    else:
+        state = b'"%b","is_active":false}' % session.status.encode()
+    return (
+        b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
+        b'"rate_window_calls":%d,"status":%b'
+    ) % (
+        _fixed(session).body,
+        session.calls_made,
+        remaining,
+        instant(session.rate_window_start),
+        session.rate_window_calls,
+        state,
+    )
+
+
+_ACTIVE = b'"active","is_active":true}'
+_SPENT = b'"active","is_active":false}'
+
+
+def rate_headers(session: Session) -> Headers:
+    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
+
+    The budget never refills, so that it has neither a window nor a reset. A window that
+    has elapsed is whole again and has no reset either.
+    """
+    limit = session.grant.rate_limit_per_minute
+    remaining = session.calls_remaining
+    if limit is None:
+        state = b'"budget";r=%d' % remaining
+    elif (left_open := session.window_ends_at - session.as_of) > 0:
+        state = b'"budget";r=%d, "window";r=%d;t=%d' % (
+            remaining,
+            limit - session.rate_window_calls,
+            -(-left_open // MICROSECONDS),
+        )
+    else:
+        state = b'"budget";r=%d, "window";r=%d' % (remaining, limit)
+    return [_fixed(session).policy, (b"ratelimit", state)]
+
+
+def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
+    """The answer to calls that were admitted: the session, or with `minimal` no body
+    (RFC 7240, section 4.2)."""
+    headers = rate_headers(admitted.session)
+    if admitted.replayed:
+        headers.append(REPLAYED)
+    if minimal:
+        return RawResponse(204, [*headers, MINIMAL])
+    return json_response(200, encode_session(admitted.session), headers)
+
+
+def denied_response(denied: Denied, request_id: str) -> RawResponse:
+    """The response to a denial, a problem."""
+    members: dict[str, Any] = {
+        "retryable": denied.retry_after_secs is not None,
+        "next_action": denied.next_action.value,
+        "violations": [_violation(each) for each in denied.violations],
+    }
+    headers: Headers = []
+    if denied.retry_after_secs is not None:
+        members["retry_after_secs"] = denied.retry_after_secs
+        headers.append((b"retry-after", b"%d" % denied.retry_after_secs))
+    if denied.limit is not None:
+        members |= {"limit": denied.limit, "used": denied.used}
+    if denied.session is not None and denied.code in _REPORTED_BY_RATE_HEADERS:
+        headers += rate_headers(denied.session)
+    return problem_response(DENIALS[denied.code], request_id, None, members, headers)
+
+
+_REPORTED_BY_RATE_HEADERS = (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
+
+
+def _violation(violation: Violation) -> dict[str, Any]:
+    entry: dict[str, Any] = {"code": violation.code.value}
+    if violation.limit is not None:
+        entry |= {"limit": violation.limit, "used": violation.used}
+    if violation.tool_indexes:
+        entry["tool_indexes"] = violation.tool_indexes
+    return entry
+
+
+def created_response(admitted: Admitted) -> RawResponse:
+    """The answer to a creation."""
+    location = b"/sessions/" + admitted.session.session_id.encode()
+    headers = [(b"location", location)]
+    if admitted.replayed:
+        headers.append(REPLAYED)
+    return json_response(201, encode_session(admitted.session), headers)
+
+
+def page_response(page: Page) -> RawResponse:
+    """A page of sessions."""
+    items = b",".join(map(encode_session, page.sessions))
+    cursor = b"" if page.next_cursor is None else b',"next_cursor":' + to_json(page.next_cursor)
+    return json_response(200, b'{"items":[%b]%b}' % (items, cursor), [])
