@@ -23,12 +23,12 @@ from app.api.fast_lane import FastLane
 from app.domain.errors import Unusable
 from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
-from app.observability.audit import AuditLog, upon_sighup
+from app.observability.audit import AuditLog, reopen_on_sighup
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
-from app.observability.tracing import add_trace_ids, is_asked_for, open_tracing
+from app.observability.tracing import add_trace_ids, open_tracing, tracing_enabled
 from app.observability.workers import SharedMetrics
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> ASGIApp:
 def create_framework(settings: Settings, store: SessionStore | None = None) -> FastAPI:
     """The service without its fast lane, over `store` if one is given. The store is opened
     when the application starts, and closed when it stops."""
-    more = [add_trace_ids] if is_asked_for() else []
+    more = [add_trace_ids] if tracing_enabled() else []
     configure_logs(settings.log_format, settings.log_level, *more)
     tracing = open_tracing()
     store_limits = StoreLimits(
@@ -78,8 +78,8 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         log = get_logger()
         async with AsyncExitStack() as stack:
-            stack.enter_context(upon_sighup(audit))
-            with _saying_why_not():
+            stack.enter_context(reopen_on_sighup(audit))
+            with _explaining_failure():
                 await store.open()
                 stack.push_async_callback(store.aclose)
                 if audit is not None:
@@ -97,7 +97,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
             gate = Gate(metrics, limits)
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
-            stack.enter_context(drain.upon_sigterm())
+            stack.enter_context(drain.handle_sigterm())
             for work in (
                 sweeper.run(),
                 shared_metrics.run(),
@@ -111,7 +111,7 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
 
 
 @contextmanager
-def _saying_why_not() -> Iterator[None]:
+def _explaining_failure() -> Iterator[None]:
     """Tell in one sentence why the service cannot start."""
     try:
         yield

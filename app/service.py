@@ -20,7 +20,7 @@ from app.domain.session import (
     Grant,
     Session,
 )
-from app.observability.audit import Origin
+from app.observability.audit import Actor
 from app.observability.events import Events
 from app.store.contract import (
     IdempotencyKey,
@@ -47,7 +47,7 @@ class SessionService:
     async def create_session(
         self,
         grant: Grant,
-        origin: Origin,
+        actor: Actor,
         *,
         time_limit_secs: int | None,
         idempotency: IdempotencyKey | None = None,
@@ -66,16 +66,16 @@ class SessionService:
         try:
             decision = await self._store.create(str(uuid.uuid4()), grant, idempotency)
         except _UNDECIDED as error:
-            self._events.failed("create", error, origin, agent_id=grant.agent_id)
+            self._events.failed("create", error, actor, agent_id=grant.agent_id)
             raise
-        self._events.created(grant.agent_id, decision, origin)
+        self._events.created(grant.agent_id, decision, actor)
         return decision
 
     def record_call(
         self,
         session_id: str,
         tool_name: str,
-        origin: Origin,
+        actor: Actor,
         *,
         agent_id: str | None = None,
         data_sensitivity: DataSensitivity | None = None,
@@ -84,13 +84,13 @@ class SessionService:
     ) -> Awaitable[Admitted | Denied]:
         """Admit and count one tool call, or deny it and change nothing."""
         admission = Admission(Operation.CALL, (tool_name,), agent_id, data_sensitivity)
-        return self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
+        return self._record(session_id, admission, actor, idempotency, dry_run=dry_run)
 
     def record_batch(
         self,
         session_id: str,
         tool_names: tuple[str, ...],
-        origin: Origin,
+        actor: Actor,
         *,
         agent_id: str | None = None,
         data_sensitivity: DataSensitivity | None = None,
@@ -99,13 +99,13 @@ class SessionService:
     ) -> Awaitable[Admitted | Denied]:
         """Admit and count all of the calls, or deny them all and change nothing."""
         admission = Admission(Operation.BATCH, tool_names, agent_id, data_sensitivity)
-        return self._record(session_id, admission, origin, idempotency, dry_run=dry_run)
+        return self._record(session_id, admission, actor, idempotency, dry_run=dry_run)
 
     async def _record(
         self,
         session_id: str,
         admission: Admission,
-        origin: Origin,
+        actor: Actor,
         idempotency: IdempotencyKey | None,
         *,
         dry_run: bool,
@@ -116,21 +116,19 @@ class SessionService:
             )
         except _UNDECIDED as error:
             event = admission.operation.value
-            self._events.failed(
-                event, error, origin, session_id=session_id, admission=admission
-            )
+            self._events.failed(event, error, actor, session_id=session_id, admission=admission)
             raise
-        self._events.decided(session_id, admission, decision, origin, dry_run=dry_run)
+        self._events.decided(session_id, admission, decision, actor, dry_run=dry_run)
         return decision
 
-    async def close_session(self, session_id: str, origin: Origin) -> Session | Denied:
+    async def close_session(self, session_id: str, actor: Actor) -> Session | Denied:
         """End a session for good."""
         try:
             outcome = await self._store.close(session_id)
         except _UNDECIDED as error:
-            self._events.failed("close", error, origin, session_id=session_id)
+            self._events.failed("close", error, actor, session_id=session_id)
             raise
-        self._events.closed(session_id, outcome, origin)
+        self._events.closed(session_id, outcome, actor)
         return outcome
 
     async def get_session(self, session_id: str) -> Session | None:
@@ -152,14 +150,14 @@ class SessionService:
         """How many sessions of the agent are active; 0 for an agent never seen."""
         return await self._store.count_active_for_agent(agent_id)
 
-    async def close_agent_sessions(self, agent_id: str, origin: Origin) -> int:
+    async def close_agent_sessions(self, agent_id: str, actor: Actor) -> int:
         """The kill switch: close every active session of the agent; how many."""
         try:
             closed = await self._store.close_sessions_for_agent(agent_id)
         except _UNDECIDED as error:
-            self._events.failed("close_agent", error, origin, agent_id=agent_id)
+            self._events.failed("close_agent", error, actor, agent_id=agent_id)
             raise
-        self._events.agent_closed(agent_id, closed, origin)
+        self._events.agent_closed(agent_id, closed, actor)
         return closed
 
     def retire(self) -> None:

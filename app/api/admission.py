@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import Asker, DryRun, Idempotency, Minimal, Service, SessionId
+from app.api.dependencies import DryRun, Idempotency, Minimal, RequestActor, Service, SessionId
 from app.api.encode import admitted_response, denied_response
 from app.api.openapi import ALWAYS, RATE_HEADERS, WITH_BODY, problem_responses
 from app.api.problem_types import (
@@ -64,7 +64,7 @@ async def record_call(
     session_id: SessionId,
     body: RecordCall,
     service: Service,
-    origin: Asker,
+    actor: RequestActor,
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
@@ -73,7 +73,7 @@ async def record_call(
     decision = await service.record_call(
         session_id,
         body.tool_name,
-        origin,
+        actor,
         agent_id=body.agent_id,
         data_sensitivity=body.data_sensitivity,
         idempotency=idempotency,
@@ -97,7 +97,7 @@ async def record_batch(
     session_id: SessionId,
     body: RecordBatch,
     service: Service,
-    origin: Asker,
+    actor: RequestActor,
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
@@ -106,7 +106,7 @@ async def record_batch(
     decision = await service.record_batch(
         session_id,
         tuple(body.tool_names),
-        origin,
+        actor,
         agent_id=body.agent_id,
         data_sensitivity=body.data_sensitivity,
         idempotency=idempotency,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from pydantic_core import to_json
 
-from app.api.dependencies import AgentId, Asker, Service
+from app.api.dependencies import AgentId, RequestActor, Service
 from app.api.openapi import ALWAYS, problem_responses
 from app.api.schemas import Agent, AgentSessionsClosed
 from app.http.auth import Scope
@@ -42,9 +42,11 @@ async def get_agent(agent_id: AgentId, service: Service) -> Response:
     responses=problem_responses(NOT_FOUND, *ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
-async def close_agent_sessions(agent_id: AgentId, service: Service, origin: Asker) -> Response:
+async def close_agent_sessions(
+    agent_id: AgentId, service: Service, actor: RequestActor
+) -> Response:
     """The kill switch: close every active session of the agent in one step."""
-    closed = await service.close_agent_sessions(agent_id, origin)
+    closed = await service.close_agent_sessions(agent_id, actor)
     return to_starlette(
         json_response(200, to_json({"agent_id": agent_id, "closed": closed}), [])
     )

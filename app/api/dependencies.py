@@ -11,7 +11,7 @@ from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
 from app.http.headers import idempotency_key, wants_minimal
 from app.http.problems import NOT_FOUND, Refused
-from app.observability.audit import Origin
+from app.observability.audit import Actor
 from app.service import SessionService
 from app.store.contract import IdempotencyKey
 
@@ -92,11 +92,11 @@ async def _minimal(
     return wants_minimal(request.headers.getlist("prefer"))
 
 
-async def _origin(request: Request) -> Origin:
-    return Origin(request.state.caller.name, request.state.request_id)
+async def _actor(request: Request) -> Actor:
+    return Actor(request.state.caller.name, request.state.request_id)
 
 
-Asker = Annotated[Origin, Depends(_origin)]
+RequestActor = Annotated[Actor, Depends(_actor)]
 Service = Annotated[SessionService, Depends(_service)]
 SessionId = Annotated[str, Depends(_session_id)]
 AgentId = Annotated[str, Depends(_agent_id)]

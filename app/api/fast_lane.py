@@ -30,7 +30,7 @@ from app.http.middleware import (
 from app.http.request import MAX_BODY_BYTES
 from app.http.request_id import REQUEST_ID, choose_request_id
 from app.http.response import RawResponse
-from app.observability.audit import Origin
+from app.observability.audit import Actor
 from app.observability.metrics import Metrics
 from app.observability.tracing import end_with, server_span
 from app.service import SessionService
@@ -146,13 +146,13 @@ class FastLane:
         data_sensitivity = None if tier is None else _TIERS[tier]
         # Names have no quotes in them, so that quotes only delimit them.
         names = listed.decode("ascii").split('"')[1::2]
-        origin = Origin(caller, request_id)
+        actor = Actor(caller, request_id)
         try:
             if match.re is _BATCH_BODY:
                 decision = await self._service.record_batch(
                     session_id,
                     tuple(names),
-                    origin,
+                    actor,
                     agent_id=agent,
                     data_sensitivity=data_sensitivity,
                 )
@@ -160,7 +160,7 @@ class FastLane:
                 decision = await self._service.record_call(
                     session_id,
                     names[0],
-                    origin,
+                    actor,
                     agent_id=agent,
                     data_sensitivity=data_sensitivity,
                 )

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.dependencies import (
     DEFAULT_PAGE,
-    Asker,
     Idempotency,
     Limit,
+    RequestActor,
     Service,
     SessionId,
 )
@@ -57,13 +57,13 @@ async def create_session(
     request: Request,
     body: CreateSession,
     service: Service,
-    origin: Asker,
+    actor: RequestActor,
     idempotency: Idempotency,
 ) -> Response:
     """Issue a session for one agent and one task. What it allows cannot be changed later."""
     decision = await service.create_session(
         body.to_grant(),
-        origin,
+        actor,
         time_limit_secs=body.requested_time_limit_secs,
         idempotency=idempotency,
     )
@@ -122,10 +122,10 @@ async def get_session(session_id: SessionId, service: Service) -> Response:
     openapi_extra=allow(Scope.OPERATE),
 )
 async def close_session(
-    request: Request, session_id: SessionId, service: Service, origin: Asker
+    request: Request, session_id: SessionId, service: Service, actor: RequestActor
 ) -> Response:
     """End a session for good, an expired one too. A second time is a conflict."""
-    outcome = await service.close_session(session_id, origin)
+    outcome = await service.close_session(session_id, actor)
     if isinstance(outcome, Denied):
         return to_starlette(denied_response(outcome, request.state.request_id))
     return to_starlette(json_response(200, encode_session(outcome), []))

@@ -1,8 +1,8 @@
 """Admission: may this session make these calls now, and what does it look like if it does.
 
-Rule 1, that the session exists, is the store's. `bar` holds rules 2 to 4, `decide` all of
-them. The first rule that fails names the denial; of rules 5 to 8 every one that fails is
-listed.
+The store checks rule 1, that the session exists. `check_usable` checks rules 2 to 4, `decide`
+rules 2 to 8. The first rule that fails names the denial; every one of rules 5 to 8 that fails
+is listed.
 
     2  agent_mismatch        the caller named another agent
     3  session_closed
@@ -116,7 +116,7 @@ def already_closed(session: Session) -> Denied:
     return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session)
 
 
-def bar(session: Session, agent_id: str | None, now: int) -> Denied | None:
+def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | None:
     """Rules 2 to 4: the denial of a caller who may not use this session now, whatever the
     call, or `None`."""
     if agent_id is not None and agent_id != session.grant.agent_id:
@@ -136,9 +136,9 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
     """
     tools, agent_id = admission.tool_names, admission.agent_id
     if session.closed_at is not None or now >= session.expires_at or agent_id is not None:
-        barred = bar(session, agent_id, now)
-        if barred is not None:
-            return barred
+        unusable = check_usable(session, agent_id, now)
+        if unusable is not None:
+            return unusable
     n = len(tools)
     if n == 0:
         return Admitted(session.at(now))
@@ -152,7 +152,7 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
         and (tier is None or not tier.exceeds(grant.data_sensitivity_ceiling))
         and (limit is None or (n if elapsed else session.rate_window_calls + n) <= limit)
     ):
-        return Admitted(session.counted(n, now, new_window=elapsed))
+        return Admitted(session.with_calls(n, now, new_window=elapsed))
     seen = session.at(now)
     return denial(seen, n, _violations(seen, admission))
 

@@ -119,7 +119,7 @@ class Session(msgspec.Struct, frozen=True, gc=False):
         """The first instant at which the current rate window has elapsed."""
         return self.rate_window_start + self.grant.rate_limit_window_secs * MICROSECONDS
 
-    def counted(self, n: int, now: int, *, new_window: bool) -> Session:
+    def with_calls(self, n: int, now: int, *, new_window: bool) -> Session:
         """The session after `n` more calls `now`, which open a new rate window or not."""
         return Session(
             self.session_id,
@@ -142,6 +142,6 @@ class Session(msgspec.Struct, frozen=True, gc=False):
         """The same session, seen `now`."""
         return msgspec.structs.replace(self, as_of=now)
 
-    def closed(self, now: int) -> Session:
+    def with_closed(self, now: int) -> Session:
         """The session after it was closed `now`."""
         return msgspec.structs.replace(self, as_of=now, closed_at=now)

@@ -43,7 +43,7 @@ RETRY_SECS = 1.0
 CLOSE_WITHIN_SECS = 5.0
 
 
-class Origin(NamedTuple):
+class Actor(NamedTuple):
     """Who asked, and in which request."""
 
     caller: str
@@ -51,7 +51,7 @@ class Origin(NamedTuple):
     request_id: str
 
 
-NOBODY = Origin("", "")
+NOBODY = Actor("", "")
 """The service itself."""
 
 
@@ -92,7 +92,7 @@ class Entry(NamedTuple):
     at: float
     event: str
     outcome: str
-    origin: Origin
+    actor: Actor
     session_id: str = ""
     agent_id: str = ""
     admission: Admission | None = None
@@ -155,16 +155,16 @@ class AuditLog:
 
     # In the event loop.
 
-    def note(self, event: str, outcome: str, origin: Origin, **details: object) -> None:
+    def note(self, event: str, outcome: str, actor: Actor, **details: object) -> None:
         """Note something that is not an admission."""
-        self._add(Entry(self._now(), event, outcome, origin, **details))  # type: ignore[arg-type]
+        self._add(Entry(self._now(), event, outcome, actor, **details))  # type: ignore[arg-type]
 
     def note_decision(
         self,
         session_id: str,
         admission: Admission,
         decision: Admitted | Denied,
-        origin: Origin,
+        actor: Actor,
         *,
         dry_run: bool,
     ) -> None:
@@ -175,7 +175,7 @@ class AuditLog:
                 self._now(),
                 operation,
                 decision.code.value,
-                origin,
+                actor,
                 session_id,
                 admission=admission,
                 session=decision.session,
@@ -188,7 +188,7 @@ class AuditLog:
                 self._now(),
                 operation,
                 "replayed" if replayed else "admitted",
-                origin,
+                actor,
                 session_id,
                 admission=admission,
                 session=decision.session,
@@ -277,7 +277,7 @@ class AuditLog:
 
 
 @contextmanager
-def upon_sighup(audit: AuditLog | None) -> Iterator[None]:
+def reopen_on_sighup(audit: AuditLog | None) -> Iterator[None]:
     """Reopen the log at SIGHUP, which without one does nothing: its default would end the
     process."""
     if threading.current_thread() is not threading.main_thread():
@@ -304,8 +304,8 @@ def _line(entry: Entry) -> Line:
         at=datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="microseconds"),
         event=entry.event,
         outcome=entry.outcome,
-        caller=entry.origin.caller,
-        request_id=entry.origin.request_id,
+        caller=entry.actor.caller,
+        request_id=entry.actor.request_id,
         agent_id=entry.agent_id,
         dry_run=entry.dry_run,
         violations=entry.violations,

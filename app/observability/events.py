@@ -7,7 +7,7 @@ import asyncio
 from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.session import Session
-from app.observability.audit import NOBODY, AuditLog, Origin
+from app.observability.audit import NOBODY, Actor, AuditLog
 from app.observability.logs import get_logger, short
 from app.observability.metrics import Metrics
 from app.store.contract import Swept
@@ -39,11 +39,11 @@ class Events:
         if self._audit is not None:
             self._audit.note("stop", "done", NOBODY)
 
-    def created(self, agent_id: str, decision: Admitted | Denied, origin: Origin) -> None:
+    def created(self, agent_id: str, decision: Admitted | Denied, actor: Actor) -> None:
         """A session was asked for."""
         if isinstance(decision, Denied):
             if self._audit is not None:
-                self._audit.note("create", decision.code.value, origin, agent_id=agent_id)
+                self._audit.note("create", decision.code.value, actor, agent_id=agent_id)
             self._metrics.decisions["create", decision.code.value] += 1
             self._log.info(
                 "session denied", agent_id=short(agent_id), reason=decision.code.value
@@ -54,7 +54,7 @@ class Events:
         self._metrics.decisions["create", outcome] += 1
         if self._audit is not None:
             self._audit.note(
-                "create", outcome, origin, session_id=session.session_id, session=session
+                "create", outcome, actor, session_id=session.session_id, session=session
             )
         if not decision.replayed:
             self._metrics.created += 1
@@ -72,13 +72,13 @@ class Events:
         session_id: str,
         admission: Admission,
         decision: Admitted | Denied,
-        origin: Origin,
+        actor: Actor,
         *,
         dry_run: bool,
     ) -> None:
         """Calls were asked for."""
         if self._audit is not None:
-            self._audit.note_decision(session_id, admission, decision, origin, dry_run=dry_run)
+            self._audit.note_decision(session_id, admission, decision, actor, dry_run=dry_run)
         # Not `.value`, which is a call: every admission passes here.
         operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
         if isinstance(decision, Denied):
@@ -108,7 +108,7 @@ class Events:
         self,
         event: str,
         error: ArbiterError | asyncio.CancelledError,
-        origin: Origin,
+        actor: Actor,
         *,
         session_id: str = "",
         agent_id: str = "",
@@ -121,27 +121,27 @@ class Events:
             self._audit.note(
                 event,
                 error.code,
-                origin,
+                actor,
                 session_id=session_id,
                 agent_id=agent_id,
                 admission=admission,
             )
 
-    def closed(self, session_id: str, outcome: Session | Denied, origin: Origin) -> None:
+    def closed(self, session_id: str, outcome: Session | Denied, actor: Actor) -> None:
         """A session was to be closed."""
         if isinstance(outcome, Denied):
             if self._audit is not None:
                 self._audit.note(
                     "close",
                     outcome.code.value,
-                    origin,
+                    actor,
                     session_id=session_id,
                     session=outcome.session,
                 )
             return
         session = outcome
         if self._audit is not None:
-            self._audit.note("close", "done", origin, session_id=session_id, session=session)
+            self._audit.note("close", "done", actor, session_id=session_id, session=session)
         self._metrics.ended["closed"] += 1
         self._log.info(
             "session closed",
@@ -150,10 +150,10 @@ class Events:
             calls_made=session.calls_made,
         )
 
-    def agent_closed(self, agent_id: str, closed: int, origin: Origin) -> None:
+    def agent_closed(self, agent_id: str, closed: int, actor: Actor) -> None:
         """The kill switch was used."""
         if self._audit is not None:
-            self._audit.note("close_agent", "done", origin, agent_id=agent_id, number=closed)
+            self._audit.note("close_agent", "done", actor, agent_id=agent_id, number=closed)
         self._metrics.ended["agent_closed"] += closed
         self._log.info("agent closed", agent_id=short(agent_id), closed=closed)
 

@@ -39,7 +39,7 @@ _ID = re.compile(
 _FAILED = 500
 
 
-def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+def tracing_enabled(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment says where traces go."""
     disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     return not disabled and any(environment.get(name) for name in ENDPOINTS)
@@ -49,7 +49,7 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
     """The provider of traces, or `None` if they are not asked for or cannot be made. The
     standard variables of OpenTelemetry hold: `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and
     so on."""
-    if not is_asked_for(environment):
+    if not tracing_enabled(environment):
         return None
     try:
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415

@@ -23,7 +23,7 @@ class Drain:
         self._delay_secs = delay_secs
 
     @contextmanager
-    def upon_sigterm(self) -> Iterator[None]:
+    def handle_sigterm(self) -> Iterator[None]:
         """Stand in front of the server's own handler, if it has one."""
         stop = signal.getsignal(signal.SIGTERM)
         if not callable(stop):

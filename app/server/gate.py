@@ -50,7 +50,7 @@ class Connection(Protocol):
     def is_idle(self) -> bool:
         """Whether it has had a request and waits for the next."""
 
-    def overdue(self) -> None:
+    def on_deadline(self) -> None:
         """Be told that the deadline has passed."""
 
     def drop(self) -> None:
@@ -97,7 +97,7 @@ class Gate:
         self._connections.discard(connection)
         self._surplus.pop(connection, None)
 
-    def has_place(self, method: bytes) -> bool:
+    def has_capacity(self, method: bytes) -> bool:
         """Whether a request with this method can be served without making the others wait
         too long."""
         surplus = SURPLUS_CLOSINGS if method == b"DELETE" else 0
@@ -112,7 +112,7 @@ class Gate:
             if hurry and connection.is_idle():
                 due -= hurry
             if due <= now:
-                connection.overdue()
+                connection.on_deadline()
 
     async def run(self) -> None:
         """Reap until cancelled."""

@@ -24,7 +24,7 @@ def size_bytes(url: bytes, fields: Fields) -> int:
     return len(url) + sum(len(name) + len(value) + _FIELD_OVERHEAD for name, value in fields)
 
 
-def fault(fields: Fields, version: str) -> Refused | None:
+def validate(fields: Fields, version: str) -> Refused | None:
     """What is wrong with the fields, whose names are in lower case, if anything is.
 
     The parser has refused already what is not HTTP, and lengths that are twice there, odd, or

@@ -36,7 +36,7 @@ from app.observability.metrics import Metrics
 from app.server import head
 from app.server.flow import HoldableFlow, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
-from app.server.refusals import TurnedAway, refusal
+from app.server.refusals import LoadShedResponse, refusal
 
 MAX_PIPELINED = 64
 """Requests that may wait on one connection for the one that is served."""
@@ -50,7 +50,7 @@ LINGER_SECS = 1.0
 # With none of these, what may be kept alive is HTTP/1.1, which would take longer to ask.
 _RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
-_turned_away = TurnedAway()
+_load_shed_response = LoadShedResponse()
 
 
 class _StopParsing(Exception):
@@ -81,12 +81,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._gate: Gate = app_state["gate"]
         self._metrics: Metrics = self._gate.metrics
         self.deadline = math.inf
-        self._invited = True
+        self._within_limit = True
         self._max_in_flight = 0
         self._ends = False
         self._running: RequestResponseCycle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._holds_place = False
+        self._in_flight = False
         self._reason: Refused | None = None
         self._refused: Refused | None = None
         self._answered = self._client_ended = False
@@ -105,10 +105,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = HoldableFlow(transport)
-        self._invited = self._gate.enter(self)
+        self._within_limit = self._gate.enter(self)
         # For who is not invited it is always full.
-        self._max_in_flight = self._gate.max_requests_in_flight if self._invited else 0
-        self._ends = not self._invited
+        self._max_in_flight = self._gate.max_requests_in_flight if self._within_limit else 0
+        self._ends = not self._within_limit
         self._set_deadline(self._gate.request_timeout_secs)
 
     @override
@@ -117,9 +117,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._gate.leave(self)
         if self._running is not None:
             self._running.disconnected = True
-        if self._holds_place and self._task is not None:
+        if self._in_flight and self._task is not None:
             # Nobody waits any more; the place is kept until the work is done.
-            self._task.add_done_callback(self._give_place_back)
+            self._task.add_done_callback(self._release)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -159,7 +159,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Whether the connection stays open: for the answers that a client waits for which has
         said that it sends nothing more."""
         self._client_ended = True
-        return self._holds_place or None
+        return self._in_flight or None
 
     @override
     def pause_writing(self) -> None:
@@ -170,7 +170,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        waits = self._holds_place or self._is_receiving() or self._refused is not None
+        waits = self._in_flight or self._is_receiving() or self._refused is not None
         gate = self._gate
         self._set_deadline(gate.request_timeout_secs if waits else gate.keep_alive_secs)
 
@@ -200,15 +200,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stop(Refused(PAYLOAD_TOO_LARGE))
         if self._large_read or self._timed is self.scope:
             self._check_head_size()
-        if self._holds_place:
+        if self._in_flight:
             self._check_pipeline()
-        elif self._metrics.requests_in_flight >= self._max_in_flight and not self._has_place(
+        elif self._metrics.requests_in_flight >= self._max_in_flight and not self._has_capacity(
             self.parser.get_method(), self.url
         ):
             # After these it would not be certain where the next message begins.
             ends = self.expect_100_continue or b"transfer-encoding" in fields
             ends = ends or not self.parser.should_keep_alive()
-            if not self._turn_away(self.parser.get_method(), self.headers, ends=ends):
+            if not self._shed(self.parser.get_method(), self.headers, ends=ends):
                 self._stop(Refused(OVERLOADED))
             self._skipping = True
             self._set_deadline(self._gate.request_timeout_secs)
@@ -224,9 +224,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow.hold()
 
     def _check_fields(self, fields: dict[bytes, bytes]) -> None:
-        fault = head.fault(self.headers, self.parser.get_http_version())
-        if fault is not None:
-            self._stop(fault)
+        refused = head.validate(self.headers, self.parser.get_http_version())
+        if refused is not None:
+            self._stop(refused)
         self._valid_host = fields.get(b"host", b"")
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
@@ -271,9 +271,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 # It waits for those before it.
                 return
             full = self._metrics.requests_in_flight >= self._max_in_flight
-            if not full or self._has_place_for(cycle):
+            if not full or self._has_capacity_for(cycle):
                 self._serve(cycle)
-            elif not self._turn_away_whole(cycle):
+            elif not self._shed_whole(cycle):
                 self._stop(Refused(OVERLOADED))
 
     # What is done with a request.
@@ -291,7 +291,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._gate.draining or self._ends:
             cycle.keep_alive = False
         self._metrics.requests_in_flight += 1
-        self._holds_place = True
+        self._in_flight = True
         self._task = task = self.loop.create_task(cycle.run_asgi(self.app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
@@ -306,10 +306,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 break
             self._running = cycle
             full = self._metrics.requests_in_flight >= self._max_in_flight
-            if not full or self._has_place_for(cycle):
+            if not full or self._has_capacity_for(cycle):
                 self._serve(cycle)
                 return
-            if not self._turn_away_whole(cycle):
+            if not self._shed_whole(cycle):
                 self.pipeline.clear()
                 if self._refused is None:
                     self._refuse(Refused(OVERLOADED))
@@ -323,25 +323,23 @@ class LimitedProtocol(HttpToolsProtocol):
             if not self._is_receiving():
                 self._set_deadline(self._gate.keep_alive_secs)
 
-    def _has_place(self, method: bytes, target: bytes) -> bool:
+    def _has_capacity(self, method: bytes, target: bytes) -> bool:
         """Whether a request is served though it is full."""
         if target.partition(b"?")[0] in HEALTH_PATHS:
             return True
-        return self._invited and self._gate.has_place(method)
+        return self._within_limit and self._gate.has_capacity(method)
 
-    def _has_place_for(self, cycle: RequestResponseCycle) -> bool:
-        return self._has_place(cycle.scope["method"].encode(), cycle.scope["raw_path"])
+    def _has_capacity_for(self, cycle: RequestResponseCycle) -> bool:
+        return self._has_capacity(cycle.scope["method"].encode(), cycle.scope["raw_path"])
 
-    def _turn_away_whole(self, cycle: RequestResponseCycle) -> bool:
+    def _shed_whole(self, cycle: RequestResponseCycle) -> bool:
         """Turn away a message that has come whole. False if that should rather end the
         connection."""
         cycle.response_started = cycle.response_complete = True
         method = cycle.scope["method"].encode()
-        return self._turn_away(method, cycle.scope["headers"], ends=not cycle.keep_alive)
+        return self._shed(method, cycle.scope["headers"], ends=not cycle.keep_alive)
 
-    def _turn_away(
-        self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool
-    ) -> bool:
+    def _shed(self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool) -> bool:
         """Answer at once that there is too much to do. False if that should rather end the
         connection. Whatever is done here is done most when there is least time: it must cost
         much less than serving."""
@@ -349,16 +347,16 @@ class LimitedProtocol(HttpToolsProtocol):
             return False
         self._answered = True
         self._metrics.refused[OVERLOADED.code] += 1
-        answer = _turned_away.answer(sent, self.server_state.default_headers)
+        answer = _load_shed_response.answer(sent, self.server_state.default_headers)
         if method == b"HEAD":
             answer = answer[: answer.index(b"\r\n\r\n") + 4]
         self.transport.write(answer)
         self._set_deadline(self._gate.keep_alive_secs)
         return True
 
-    def _give_place_back(self, _: object = None) -> None:
-        if self._holds_place:
-            self._holds_place = False
+    def _release(self, _: object = None) -> None:
+        if self._in_flight:
+            self._in_flight = False
             self._metrics.requests_in_flight -= 1
 
     @override
@@ -367,7 +365,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._answered = True
         # Here and not when the task is done, which the event loop tells a turn later, when it
         # has read, and would have turned away, what came meanwhile.
-        self._give_place_back()
+        self._release()
         if self.transport.is_closing():
             self._await_flushing()
         elif self.pipeline or self._refused is not None or self._client_ended:
@@ -392,7 +390,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def is_idle(self) -> bool:
         """Whether it has had a request and waits for the next."""
-        busy = self._holds_place or self._is_receiving() or self._refused is not None
+        busy = self._in_flight or self._is_receiving() or self._refused is not None
         return self._answered and not busy
 
     # Ends.
@@ -405,14 +403,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unsent_bytes = unsent_bytes(self.transport)
         self._set_deadline(self._gate.request_timeout_secs)
 
-    def overdue(self) -> None:
+    def on_deadline(self) -> None:
         """Be told that the deadline has passed."""
         if self.transport.is_closing() or self.flow.write_paused:
             if unsent_bytes(self.transport) < self._unsent_bytes:
                 self._await_flushing()
             else:
                 self.transport.abort()
-        elif self._holds_place and (self.flow.read_paused or not self._is_receiving()):
+        elif self._in_flight and (self.flow.read_paused or not self._is_receiving()):
             # It is we who take the time.
             self._set_deadline(self._gate.request_timeout_secs)
         elif self._refused is None and self._is_receiving():
@@ -429,7 +427,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         self._gate.draining = True
         # What is being received is still answered; its deadline sees to it.
-        if self._holds_place or not self._is_receiving():
+        if self._in_flight or not self._is_receiving():
             super().shutdown()
 
     def _refuse(self, refused: Refused) -> None:
@@ -448,7 +446,7 @@ class LimitedProtocol(HttpToolsProtocol):
             message.body = bytearray()
             if message in (waiting for waiting, _ in self.pipeline):
                 self.pipeline.popleft()
-        if not self._holds_place:
+        if not self._in_flight:
             self._write_refusal(refused)
 
     def _write_refusal(self, refused: Refused) -> None:

@@ -27,7 +27,7 @@ def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) 
     return encode_response(answer, server_headers, [*common_headers(request_id), CLOSE])
 
 
-class TurnedAway:
+class LoadShedResponse:
     """The answer that turns away, ready but for the request id: it is given most when there is
     least time. It is made anew when the server's headers, of which one is the time, are."""
 

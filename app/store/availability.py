@@ -7,7 +7,7 @@ import logging
 _log = logging.getLogger("arbiter.store")
 
 
-class Health:
+class Availability:
     """Remembers the last outcome, so that an outage is two lines in the log."""
 
     def __init__(self) -> None:

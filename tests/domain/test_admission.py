@@ -76,7 +76,7 @@ def test_a_session_without_time_is_expired_when_it_is_created() -> None:
 
 
 def test_a_closed_session_stays_closed_after_its_deadline() -> None:
-    closed = session(time_limit_secs=10).closed(after(5))
+    closed = session(time_limit_secs=10).with_closed(after(5))
 
     assert closed.at(after(20)).status is SessionStatus.CLOSED
     assert denied(closed, a_call(), after(20)).code is Code.SESSION_CLOSED
@@ -91,7 +91,7 @@ def test_only_the_agent_of_the_session_may_use_it_if_one_is_named() -> None:
 
 
 def test_another_agent_does_not_learn_that_a_session_is_closed() -> None:
-    closed = session().closed(START)
+    closed = session().with_closed(START)
 
     assert denied(closed, a_call(agent_id=OTHER_AGENT)).code is Code.AGENT_MISMATCH
 
@@ -141,7 +141,7 @@ def test_an_empty_batch_passes_a_spent_budget_and_records_nothing() -> None:
     spent = admitted(session(call_budget=1, rate_limit_per_minute=0), a_batch())
 
     assert admitted(spent, a_batch()).calls_made == 0
-    assert denied(spent.closed(START), a_batch()).code is Code.SESSION_CLOSED
+    assert denied(spent.with_closed(START), a_batch()).code is Code.SESSION_CLOSED
 
 
 class TestRate:

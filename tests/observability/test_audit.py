@@ -15,7 +15,7 @@ import pytest
 
 from app.http.auth import Scope, new_key
 from app.observability import audit as audit_module
-from app.observability.audit import NOBODY, AuditLog, Origin
+from app.observability.audit import NOBODY, Actor, AuditLog
 from app.observability.metrics import Metrics
 from tests import engines
 from tests.engines import until
@@ -282,10 +282,10 @@ async def test_a_full_disk_loses_no_more_than_it_says(
     metrics = Metrics()
     log = AuditLog("/dev/full", metrics)
     log.open()
-    log.note("create", "admitted", Origin("gate", "0"))
+    log.note("create", "admitted", Actor("gate", "0"))
     until(lambda: log._failing)
     for number in range(1, 500):
-        log.note("create", "admitted", Origin("gate", str(number)))
+        log.note("create", "admitted", Actor("gate", str(number)))
     assert metrics.audit_dropped == 399
 
     # What was half written belongs to the file that is full.
@@ -327,7 +327,7 @@ async def test_a_reader_that_stops_reading_stops_nobody_else(
     log = AuditLog(str(pipe), metrics)
     log.open()
     for number in range(100_000):
-        log.note("create", "admitted", Origin("gate", str(number)))
+        log.note("create", "admitted", Actor("gate", str(number)))
 
     await log.aclose()
 

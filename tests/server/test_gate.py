@@ -19,8 +19,8 @@ class FakeConnection:
     def is_idle(self) -> bool:
         return self._idle
 
-    def overdue(self) -> None:
-        self.told.append("overdue")
+    def on_deadline(self) -> None:
+        self.told.append("on_deadline")
 
     def drop(self) -> None:
         self.told.append("drop")
@@ -67,7 +67,7 @@ def test_closing_has_places_of_its_own(in_flight: int, method: bytes, expected: 
     gate = gate_of()
     gate.metrics.requests_in_flight = in_flight
 
-    assert gate.has_place(method) is expected
+    assert gate.has_capacity(method) is expected
 
 
 def test_who_is_overdue_is_told_so_at_the_deadline() -> None:
@@ -78,10 +78,10 @@ def test_who_is_overdue_is_told_so_at_the_deadline() -> None:
 
     gate.reap(5.0)
 
-    assert (due.told, later.told, surplus.told) == (["overdue"], [], ["overdue"])
+    assert (due.told, later.told, surplus.told) == (["on_deadline"], [], ["on_deadline"])
 
 
-@pytest.mark.parametrize(("held", "told"), [(4, ["overdue"]), (3, [])])
+@pytest.mark.parametrize(("held", "told"), [(4, ["on_deadline"]), (3, [])])
 def test_idle_ones_have_less_patience_when_most_places_are_taken(
     held: int, told: list[str]
 ) -> None:

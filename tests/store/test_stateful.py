@@ -287,8 +287,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(decision, Denied)
             assert decision.code.value == "session_not_found"
             return
-        barred = [code for code in model.refusals(asked, now) if code.split("_")[0] in _BARS]
-        if not barred and key in model.replays:
+        unusable = [code for code in model.refusals(asked, now) if code.split("_")[0] in _BARS]
+        if not unusable and key in model.replays:
             first, answer = model.replays[key]
             if first == asked:
                 assert decision == Admitted(answer, replayed=True)
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(decision, Denied)
             assert decision.code.value == refusals[0]
             listed = [each.code.value for each in decision.violations]
-            assert listed == ([] if barred else refusals)
+            assert listed == ([] if unusable else refusals)
             return
         assert isinstance(decision, Admitted)
         assert not decision.replayed

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from sortedcontainers import SortedList
 
 from app.domain.session import Session
-from app.store.cursor import Position
+from app.store.cursor import Cursor
 
 
 class SessionIndex:
@@ -42,26 +42,26 @@ class SessionIndex:
         last = self._by_agent.bisect_left(_past(agent_id))
         return last - self._by_agent.bisect_left((agent_id, now + 1, ""))
 
-    def earliest(self) -> Position | None:
+    def earliest(self) -> Cursor | None:
         """The session with the earliest deadline."""
-        return Position(*self._by_deadline[0]) if self._by_deadline else None
+        return Cursor(*self._by_deadline[0]) if self._by_deadline else None
 
     def after(
-        self, position: Position, agent_id: str | None, until: int | None
-    ) -> Iterator[Position]:
+        self, position: Cursor, agent_id: str | None, until: int | None
+    ) -> Iterator[Cursor]:
         """Positions after `position`, of one agent or of all, with deadlines up to and
         including `until`."""
         if agent_id is None:
             for expires_at, session_id in self._by_deadline.irange(
                 position, None if until is None else (until + 1, ""), (False, False)
             ):
-                yield Position(expires_at, session_id)
+                yield Cursor(expires_at, session_id)
             return
         last = _past(agent_id) if until is None else (agent_id, until + 1, "")
         for _, expires_at, session_id in self._by_agent.irange(
             (agent_id, *position), last, (False, False)
         ):
-            yield Position(expires_at, session_id)
+            yield Cursor(expires_at, session_id)
 
 
 def _past(agent_id: str) -> tuple[str, int, str]:

@@ -21,7 +21,7 @@ from app.domain.admission import (
     Admitted,
     Denied,
     already_closed,
-    bar,
+    check_usable,
     decide,
     too_many_sessions,
 )
@@ -38,7 +38,7 @@ from app.store.contract import (
     StoreLimits,
     Swept,
 )
-from app.store.cursor import FIRST, Position
+from app.store.cursor import FIRST, Cursor
 from app.store.memory.index import SessionIndex
 from app.store.memory.sharded import ShardedDict
 
@@ -133,9 +133,9 @@ class MemoryStore(SessionStore):
         if idempotency is not None:
             known = (self._replays.get(session_id) or {}).get(idempotency)
             if known is not None:
-                barred = bar(session, admission.agent_id, now)
-                if barred is not None:
-                    return barred
+                unusable = check_usable(session, admission.agent_id, now)
+                if unusable is not None:
+                    return unusable
                 first, answer = known
                 return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
         decision = decide(session, admission, now)
@@ -160,7 +160,7 @@ class MemoryStore(SessionStore):
         return self._close(session, now)
 
     def _close(self, session: Session, now: int) -> Session:
-        closed = session.closed(now)
+        closed = session.with_closed(now)
         self._sessions[session.session_id] = closed
         self._open.remove(session)
         self._closed.add(session)
@@ -177,20 +177,20 @@ class MemoryStore(SessionStore):
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         now = self._clock()
-        start = FIRST if cursor is None else Position.of_cursor(cursor)
+        start = FIRST if cursor is None else Cursor.decode(cursor)
         positions = list(islice(self._listed(which, start, now), limit + 1))
         sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
         more = len(positions) > limit
-        return Page(sessions, positions[limit - 1].to_cursor() if more else None)
+        return Page(sessions, positions[limit - 1].encode() if more else None)
 
-    def _listed(self, which: SessionFilter, start: Position, now: int) -> Iterator[Position]:
+    def _listed(self, which: SessionFilter, start: Cursor, now: int) -> Iterator[Cursor]:
         agent_id, status = which
         if status is SessionStatus.CLOSED:
             return self._closed.after(start, agent_id, None)
         if status is SessionStatus.EXPIRED:
             return self._open.after(start, agent_id, now)
         if status is SessionStatus.ACTIVE:
-            return self._open.after(max(start, Position(now + 1, "")), agent_id, None)
+            return self._open.after(max(start, Cursor(now + 1, "")), agent_id, None)
         return merge(
             self._open.after(start, agent_id, None), self._closed.after(start, agent_id, None)
         )

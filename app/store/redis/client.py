@@ -31,7 +31,7 @@ from redis.exceptions import (
 )
 
 from app.domain.errors import StoreUnavailable, StoreUnusable
-from app.store.availability import Health
+from app.store.availability import Availability
 from app.store.redis.scripts import Script
 from app.store.redis.url import Client, RedisUrl
 
@@ -102,12 +102,12 @@ class _Lane:
         self.under_way = 0
 
 
-class Engine:
+class ScriptClient:
     """A Redis or Valkey: one, behind sentinels, or a cluster."""
 
     def __init__(self, url: RedisUrl) -> None:
         self._url = url
-        self._health = Health()
+        self._availability = Availability()
         self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
         self._turn: list[asyncio.Future[Any]] = []
         self._sending: set[asyncio.Task[None]] = set()
@@ -188,7 +188,7 @@ class Engine:
         for future in late:
             future.set_exception(StoreUnavailable())
         if late:
-            self._health.failed(reason(TooSlow()))
+            self._availability.failed(reason(TooSlow()))
 
     def _end_turn(self) -> None:
         # From here on, since until now the time was ours.
@@ -233,13 +233,13 @@ class Engine:
             elif isinstance(result, Exception):
                 self._failed([waiting], result)
             else:
-                self._health.succeeded()
+                self._availability.succeeded()
                 if not future.done():
                     future.set_result(result)
         return unknown
 
     def _failed(self, batch: list[Waiting], error: Exception) -> None:
-        self._health.failed(reason(error))
+        self._availability.failed(reason(error))
         for _, future in batch:
             if not future.done():
                 future.set_exception(StoreUnavailable())
@@ -253,7 +253,7 @@ class Engine:
             await cluster.nodes_manager.initialize()
             await asyncio.sleep(LOOK_AGAIN_SECS)
         except _ERRORS as error:
-            self._health.failed(reason(error))
+            self._availability.failed(reason(error))
         finally:
             self._looking = None
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.codec import to_text
 from app.store.contract import CREATION_REPLAY_SECS, IdempotencyKey, SessionFilter, StoreLimits
-from app.store.cursor import Position
+from app.store.cursor import Cursor
 from app.store.redis import scripts
-from app.store.redis.client import Engine, Step
+from app.store.redis.client import ScriptClient, Step
 from app.store.redis.replies import (
     ALL,
     CLOSED,
@@ -74,7 +74,7 @@ class Index:
     """Which sessions there are."""
 
     def __init__(
-        self, engine: Engine, limits: StoreLimits, now: Callable[[], int | str]
+        self, engine: ScriptClient, limits: StoreLimits, now: Callable[[], int | str]
     ) -> None:
         self._engine = engine
         self._limits = limits
@@ -195,9 +195,7 @@ class Index:
         keys = (ALL, DOUBTFUL, CLOSED)
         return int(await self._engine.run(scripts.INDEX_COUNT, keys, self._now()))
 
-    async def positions(
-        self, which: SessionFilter, after: Position, limit: int
-    ) -> list[Position]:
+    async def positions(self, which: SessionFilter, after: Cursor, limit: int) -> list[Cursor]:
         """At most `limit` places after one, of sessions that may be of the wanted status."""
         agent_id, status = which
         opened, _, closed = (ALL, "", CLOSED) if agent_id is None else agent_keys(agent_id)
@@ -216,7 +214,7 @@ class Index:
             limit,
         )
         positions = [
-            Position(int(deadline), entry.decode()[:ID_CHARS])
+            Cursor(int(deadline), entry.decode()[:ID_CHARS])
             for index in found
             for entry, deadline in zip(index[::2], index[1::2], strict=True)
         ]

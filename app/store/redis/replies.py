@@ -18,7 +18,7 @@ from app.domain.admission import (
     DenialCode,
     Denied,
     already_closed,
-    bar,
+    check_usable,
     denial,
     violation,
 )
@@ -120,7 +120,7 @@ def decision(reply: list[Any], session: Session | None, admission: Admission) ->
         return Admitted(session, replayed=outcome == "replayed")
     found: list[bytes] = reply[9]
     if not found:
-        return bar(session, admission.agent_id, session.as_of)
+        return check_usable(session, admission.agent_id, session.as_of)
     places = tuple(reply[10])
     violations = tuple(violation(DenialCode(code.decode()), session, places) for code in found)
     return denial(session, len(admission.tool_names), violations)

@@ -11,13 +11,13 @@ from app.store.clock import Clock
 from app.store.codec import to_text
 from app.store.contract import IdempotencyKey, StoreLimits
 from app.store.redis import replies, scripts
-from app.store.redis.client import Engine, Step
+from app.store.redis.client import ScriptClient, Step
 
 
 class Sessions:
     """What is known of each session, and what can be done to it in one atomic step."""
 
-    def __init__(self, engine: Engine, limits: StoreLimits, clock: Clock | None) -> None:
+    def __init__(self, engine: ScriptClient, limits: StoreLimits, clock: Clock | None) -> None:
         self._engine = engine
         self._retention_secs = limits.retention_secs
         self._clock = clock

@@ -42,9 +42,9 @@ from app.store.contract import (
     StoreLimits,
     Swept,
 )
-from app.store.cursor import FIRST, Position
+from app.store.cursor import FIRST, Cursor
 from app.store.redis import scripts
-from app.store.redis.client import Engine
+from app.store.redis.client import ScriptClient
 from app.store.redis.index import Announcement, Due, Index
 from app.store.redis.replies import ID_CHARS, READY
 from app.store.redis.sessions import Sessions
@@ -62,7 +62,7 @@ class RedisStore(SessionStore):
 
     def __init__(self, url: RedisUrl, limits: StoreLimits, clock: Clock | None = None) -> None:
         self._cap = limits.max_active_sessions_per_agent
-        self._engine = Engine(url)
+        self._engine = ScriptClient(url)
         self._sessions = Sessions(self._engine, limits, clock)
         self._index = Index(self._engine, limits, self._sessions.now)
         self._replica = str(uuid.uuid4())
@@ -179,7 +179,7 @@ class RedisStore(SessionStore):
     async def list_all(
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
-        after = FIRST if cursor is None else Position.of_cursor(cursor)
+        after = FIRST if cursor is None else Cursor.decode(cursor)
         sessions: list[Session] = []
         more = True
         while more and len(sessions) <= limit:
@@ -192,8 +192,8 @@ class RedisStore(SessionStore):
             # An entry can be older than its session, and a session than its entry.
             sessions += [each for each in found if each and _is(each, which.status)]
         page = sessions[:limit]
-        last = Position(page[-1].expires_at, page[-1].session_id) if page else FIRST
-        return Page(page, last.to_cursor() if len(sessions) > limit else None)
+        last = Cursor(page[-1].expires_at, page[-1].session_id) if page else FIRST
+        return Page(page, last.encode() if len(sessions) > limit else None)
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:

@@ -17,7 +17,7 @@ from app.domain.admission import Admission
 from app.domain.session import Grant, Session
 from app.store.codec import to_admission, to_grant, to_session, to_text
 from app.store.contract import IdempotencyKey
-from app.store.cursor import Position
+from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
 
 GRANTS_KEPT = 16_384
@@ -43,7 +43,7 @@ class Due(NamedTuple):
     closed: bool
 
 
-class Tables:
+class Queries:
     """The sessions in an open database. Every method raises `sqlite3.Error`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
@@ -161,7 +161,7 @@ class Tables:
         self,
         *,
         closed: bool,
-        after: Position,
+        after: Cursor,
         until: int | None,
         agent_id: str | None,
         limit: int,

@@ -21,7 +21,7 @@ from typing_extensions import override
 from app.domain.admission import Admission, Admitted, Denied
 from app.domain.errors import Overloaded, StoreUnavailable
 from app.domain.session import Grant, Session
-from app.store.availability import Health
+from app.store.availability import Availability
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
     IdempotencyKey,
@@ -34,7 +34,7 @@ from app.store.contract import (
 )
 from app.store.sqlite.file import DAMAGED, DatabaseFile, Location, explained, reason
 from app.store.sqlite.group_commit import GroupCommit, Job
-from app.store.sqlite.transactions import Ledger
+from app.store.sqlite.transactions import Transactions
 
 FAR_AHEAD_SECS = 5
 """More than a crash or two explain; somebody has set the wall clock."""
@@ -51,7 +51,7 @@ class SqliteStore(SessionStore):
         self._location = location
         self._limits = limits
         self._clock = clock or anchored_clock()
-        self._health = Health()
+        self._availability = Availability()
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> SqliteStore:
@@ -67,12 +67,12 @@ class SqliteStore(SessionStore):
         self._file = DatabaseFile(self._location)
         try:
             with explained(self._location.path):
-                self._ledger = Ledger(self._file.db, self._limits, self._clock)
-                if self._ledger.ahead_secs > FAR_AHEAD_SECS:
+                self._transactions = Transactions(self._file.db, self._limits, self._clock)
+                if self._transactions.ahead_secs > FAR_AHEAD_SECS:
                     _log.warning(
                         "the wall clock is %d seconds behind the store's, which goes on from "
                         "where it was: sessions end so much earlier by the wall clock",
-                        self._ledger.ahead_secs,
+                        self._transactions.ahead_secs,
                     )
         except BaseException:
             self._file.close()
@@ -82,7 +82,7 @@ class SqliteStore(SessionStore):
     async def aclose(self) -> None:
         # Where this fails the file keeps a mark that is somewhat later, which is safe.
         with suppress(StoreUnavailable):
-            await self._commits.submit(self._ledger.stop_clock)
+            await self._commits.submit(self._transactions.stop_clock)
         await self._commits.drain()
         await asyncio.to_thread(self._file.close)
 
@@ -92,18 +92,18 @@ class SqliteStore(SessionStore):
         outcomes: list[Any] = []
         try:
             self._file.check_in_place()
-            with self._ledger.transaction():
+            with self._transactions.transaction():
                 for job in jobs:
                     # One by one: how many there are tells which job met a defect.
                     outcomes.append(self._outcome(job))  # noqa: PERF401
         except (sqlite3.Error, OSError) as error:
-            self._health.failed(reason(error))
+            self._availability.failed(reason(error))
             return [StoreUnavailable() for _ in jobs]
         except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
             met_in = len(outcomes)
             return [defect if n == met_in else StoreUnavailable() for n in range(len(jobs))]
         if not any(isinstance(outcome, StoreUnavailable) for outcome in outcomes):
-            self._health.succeeded()
+            self._availability.succeeded()
         return outcomes
 
     def _outcome(self, job: Job) -> Any:
@@ -113,20 +113,20 @@ class SqliteStore(SessionStore):
         except (Overloaded, InvalidCursor) as refusal:
             return refusal
         except msgspec.MsgspecError:
-            self._health.failed(DAMAGED)
+            self._availability.failed(DAMAGED)
             return StoreUnavailable()
 
     @override
     async def ping(self) -> None:
         # Telling the time writes to the file, once a second at most.
-        await self._commits.submit(self._ledger.now)
+        await self._commits.submit(self._transactions.now)
 
     @override
     async def create(
         self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
     ) -> Admitted | Denied:
         return await self._commits.submit(
-            lambda: self._ledger.create(session_id, grant, idempotency)
+            lambda: self._transactions.create(session_id, grant, idempotency)
         )
 
     @override
@@ -139,37 +139,43 @@ class SqliteStore(SessionStore):
         dry_run: bool = False,
     ) -> Admitted | Denied:
         return await self._commits.submit(
-            lambda: self._ledger.record(session_id, admission, idempotency, dry_run=dry_run)
+            lambda: self._transactions.record(
+                session_id, admission, idempotency, dry_run=dry_run
+            )
         )
 
     @override
     async def close(self, session_id: str) -> Session | Denied:
-        return await self._commits.submit(lambda: self._ledger.close(session_id))
+        return await self._commits.submit(lambda: self._transactions.close(session_id))
 
     @override
     async def get(self, session_id: str) -> Session | None:
-        return await self._commits.submit(lambda: self._ledger.get(session_id))
+        return await self._commits.submit(lambda: self._transactions.get(session_id))
 
     @override
     async def list_all(
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
-        return await self._commits.submit(lambda: self._ledger.list_all(which, limit, cursor))
+        return await self._commits.submit(
+            lambda: self._transactions.list_all(which, limit, cursor)
+        )
 
     @override
     async def count_active_for_agent(self, agent_id: str) -> int:
-        return await self._commits.submit(lambda: self._ledger.count_active_for_agent(agent_id))
+        return await self._commits.submit(
+            lambda: self._transactions.count_active_for_agent(agent_id)
+        )
 
     @override
     async def count_active(self) -> int:
-        return await self._commits.submit(self._ledger.count_active)
+        return await self._commits.submit(self._transactions.count_active)
 
     @override
     async def close_sessions_for_agent(self, agent_id: str) -> int:
         return await self._commits.submit(
-            lambda: self._ledger.close_sessions_for_agent(agent_id)
+            lambda: self._transactions.close_sessions_for_agent(agent_id)
         )
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
-        return await self._commits.submit(lambda: self._ledger.cleanup_expired(limit))
+        return await self._commits.submit(lambda: self._transactions.cleanup_expired(limit))

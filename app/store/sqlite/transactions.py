@@ -15,7 +15,7 @@ from app.domain.admission import (
     Admitted,
     Denied,
     already_closed,
-    bar,
+    check_usable,
     decide,
     too_many_sessions,
 )
@@ -31,8 +31,8 @@ from app.store.contract import (
     StoreLimits,
     Swept,
 )
-from app.store.cursor import FIRST, Position
-from app.store.sqlite.queries import Tables
+from app.store.cursor import FIRST, Cursor
+from app.store.sqlite.queries import Queries
 
 RESERVED_SECS = 1
 """How far ahead of the clock the mark in the file is set: it is written so often at most."""
@@ -46,7 +46,7 @@ class _Tally(NamedTuple):
     creations: int
 
 
-class Ledger:
+class Transactions:
     """The contract, without waiting for anything but the database. Each verb belongs into a
     `transaction`, and raises `Overloaded` and `InvalidCursor` before it has written anything.
 
@@ -57,7 +57,7 @@ class Ledger:
 
     def __init__(self, db: sqlite3.Connection, limits: StoreLimits, clock: Clock) -> None:
         self._db = db
-        self._tables = tables = Tables(db)
+        self._queries = tables = Queries(db)
         self._limits = limits
         self._clock = clock
         self._reserved_until = tables.reserved_until()
@@ -99,7 +99,7 @@ class Ledger:
         self._reserve(self._clock() + self._ahead)
 
     def _reserve(self, until: int) -> None:
-        self._tables.reserve(until)
+        self._queries.reserve(until)
         self._reserved_until = until
 
     def _count(self, *, sessions: int = 0, opened: int = 0, creations: int = 0) -> None:
@@ -113,7 +113,7 @@ class Ledger:
     ) -> Admitted | Denied:
         """See `SessionStore.create`."""
         now, full = self.now(), self._limits.max_sessions
-        known = None if idempotency is None else self._tables.creation(idempotency)
+        known = None if idempotency is None else self._queries.creation(idempotency)
         if known is not None and now < known[1]:
             first = known[0]
             return Admitted(first, replayed=True) if first.grant == grant else KEY_CONFLICT
@@ -123,15 +123,15 @@ class Ledger:
             raise Overloaded(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
-            active = self._tables.count_active_of(grant.agent_id, now)
+            active = self._queries.count_active_of(grant.agent_id, now)
             if active >= cap:
                 return too_many_sessions(cap, active)
         session = Session.opened(session_id, grant, now)
-        self._tables.insert(session)
+        self._queries.insert(session)
         self._count(sessions=1, opened=1)
         if idempotency is not None:
             forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
-            self._tables.remember_creation(idempotency, session, forget_at)
+            self._queries.remember_creation(idempotency, session, forget_at)
             # One whose 24 hours are over and that nobody has swept is in the same place.
             self._count(creations=1 if known is None else 0)
         return Admitted(session)
@@ -146,48 +146,48 @@ class Ledger:
     ) -> Admitted | Denied:
         """See `SessionStore.record`."""
         now = self.now()
-        found = self._tables.find(session_id, now)
+        found = self._queries.find(session_id, now)
         if found is None:
             return NO_SESSION
         row_id, session = found
-        known = None if idempotency is None else self._tables.replay(found, idempotency)
+        known = None if idempotency is None else self._queries.replay(found, idempotency)
         if known is not None:
             first, answer = known
-            if (barred := bar(session, admission.agent_id, now)) is not None:
-                return barred
+            if (unusable := check_usable(session, admission.agent_id, now)) is not None:
+                return unusable
             return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and admission.tool_names and not dry_run:
-            self._tables.count_calls(row_id, decision.session)
+            self._queries.count_calls(row_id, decision.session)
             if idempotency is not None:
-                self._tables.remember(row_id, idempotency, admission, decision.session)
+                self._queries.remember(row_id, idempotency, admission, decision.session)
         return decision
 
     def close(self, session_id: str) -> Session | Denied:
         """See `SessionStore.close`."""
         now = self.now()
-        found = self._tables.find(session_id, now)
+        found = self._queries.find(session_id, now)
         if found is None:
             return NO_SESSION
         row_id, session = found
         if session.closed_at is not None:
             return already_closed(session)
-        self._tables.close(row_id, now)
+        self._queries.close(row_id, now)
         self._count(opened=-1)
-        return session.closed(now)
+        return session.with_closed(now)
 
     def get(self, session_id: str) -> Session | None:
         """See `SessionStore.get`."""
-        found = self._tables.find(session_id, self.now())
+        found = self._queries.find(session_id, self.now())
         return None if found is None else found.session
 
     def list_all(self, which: SessionFilter, limit: int, cursor: str | None) -> Page:
         """See `SessionStore.list_all`."""
-        start = FIRST if cursor is None else Position.of_cursor(cursor)
+        start = FIRST if cursor is None else Cursor.decode(cursor)
         now, (agent_id, status) = self.now(), which
         found: list[Session] = []
         for closed, after, until in _ranges(status, start, now):
-            found += self._tables.page(
+            found += self._queries.page(
                 closed=closed,
                 after=after,
                 until=until,
@@ -195,21 +195,21 @@ class Ledger:
                 limit=limit + 1,
                 now=now,
             )
-        found.sort(key=_position)
+        found.sort(key=_cursor)
         more = len(found) > limit
-        return Page(found[:limit], _position(found[limit - 1]).to_cursor() if more else None)
+        return Page(found[:limit], _cursor(found[limit - 1]).encode() if more else None)
 
     def count_active_for_agent(self, agent_id: str) -> int:
         """See `SessionStore.count_active_for_agent`."""
-        return self._tables.count_active_of(agent_id, self.now())
+        return self._queries.count_active_of(agent_id, self.now())
 
     def count_active(self) -> int:
         """See `SessionStore.count_active`."""
-        return self._tally.open - self._tables.count_expired(self.now())
+        return self._tally.open - self._queries.count_expired(self.now())
 
     def close_sessions_for_agent(self, agent_id: str) -> int:
         """See `SessionStore.close_sessions_for_agent`."""
-        closed = self._tables.close_active_of(agent_id, self.now())
+        closed = self._queries.close_active_of(agent_id, self.now())
         self._count(opened=-closed)
         return closed
 
@@ -217,25 +217,25 @@ class Ledger:
         """See `SessionStore.cleanup_expired`."""
         now, left, closed_ones, expired_ones = self.now(), limit, 0, 0
         cutoff = now - self._limits.retention_secs * MICROSECONDS
-        for due in self._tables.due(cutoff, limit):
-            left -= self._tables.forget(due.row_id, left)
+        for due in self._queries.due(cutoff, limit):
+            left -= self._queries.forget(due.row_id, left)
             if left <= 0:
                 break
-            self._tables.delete(due.row_id, due.session_id)
+            self._queries.delete(due.row_id, due.session_id)
             closed_ones += due.closed
             expired_ones += not due.closed
             left -= 1
             if left <= 0:
                 break
         self._count(sessions=-closed_ones - expired_ones, opened=-expired_ones)
-        forgotten = self._tables.forget_creations(now, left)
+        forgotten = self._queries.forget_creations(now, left)
         self._count(creations=-forgotten)
         return Swept(expired_ones, closed_ones, more=left - forgotten <= 0)
 
 
 def _ranges(
-    status: SessionStatus | None, start: Position, now: int
-) -> list[tuple[bool, Position, int | None]]:
+    status: SessionStatus | None, start: Cursor, now: int
+) -> list[tuple[bool, Cursor, int | None]]:
     """Where sessions of a status are: among the closed ones or the others, after which
     position, and up to which deadline."""
     if status is SessionStatus.CLOSED:
@@ -243,9 +243,9 @@ def _ranges(
     if status is SessionStatus.EXPIRED:
         return [(False, start, now)]
     if status is SessionStatus.ACTIVE:
-        return [(False, max(start, Position(now + 1, "")), None)]
+        return [(False, max(start, Cursor(now + 1, "")), None)]
     return [(False, start, None), (True, start, None)]
 
 
-def _position(session: Session) -> Position:
-    return Position(session.expires_at, session.session_id)
+def _cursor(session: Session) -> Cursor:
+    return Cursor(session.expires_at, session.session_id)

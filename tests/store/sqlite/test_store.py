@@ -309,7 +309,7 @@ class TestFailingCommits:
 
         assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
         assert await store.count_active() == 0
-        assert store._ledger._tally == (0, 0, 0)
+        assert store._transactions._tally == (0, 0, 0)
 
     async def test_a_creation_that_failed_can_be_repeated(self, store: SqliteStore) -> None:
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()
@@ -333,7 +333,7 @@ class TestFailingCommits:
         def defect(session_id: str) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(store._ledger, "get", defect)
+        monkeypatch.setattr(store._transactions, "get", defect)
         outcomes = await asyncio.gather(
             store.record(session.session_id, a_call()),
             store.get(session.session_id),
@@ -358,8 +358,8 @@ class TestFailingCommits:
         session_id = new_id()
 
         def fill_and_fail() -> None:
-            store._ledger.create(session_id, a_grant("other"), None)
-            store._ledger.get(session_id)
+            store._transactions.create(session_id, a_grant("other"), None)
+            store._transactions.get(session_id)
             raise sqlite3.OperationalError("disk I/O error")
 
         with pytest.raises(StoreUnavailable):
