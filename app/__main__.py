@@ -1,4 +1,5 @@
-"""`python -m app`: serve (the default), backup, config, keys new, openapi."""
+"""The command line, `arbiter` or `python -m app`: serve (the default), backup, config, keys
+new, openapi."""
 
 from __future__ import annotations
 
@@ -21,16 +22,20 @@ from app import __version__
 from app.domain.errors import StoreUnusable
 from app.http.auth import Scope, new_key
 from app.main import create_app, create_framework
+from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
 from app.settings import BadSettings, Settings, load_settings
 from app.store import UnknownStore, back_up
 
 BACKLOG = 2048
 
+PROGRAM = "python -m app" if __name__ == "__main__" else "arbiter"
+"""What the user typed, for the usage lines."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. 2 means that the configuration or the command line
-    cannot be used."""
+    """Run a command and return its exit code, which is 2 if the configuration or the command
+    line is unusable."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m app", description="Issues and enforces agent task sessions."
+        prog=PROGRAM, description="Issues and enforces agent task sessions."
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(run=_serve)
@@ -75,16 +80,16 @@ def _serve(_: argparse.Namespace) -> int:
         )
     except OSError as error:
         address = f"{settings.host}, port {settings.port}"
-        # Python adds the address to the reason, in brackets.
+        # Python appends the address to the reason, in brackets.
         reason = str(error.strerror).partition(" (")[0]
         print(f"arbiter: cannot listen on {address}: {reason}", file=sys.stderr)
         return 1
-    # Port 0 asks the system for a free one, and the first line of the log says which.
+    # Port 0 asks the system for a free port; the first line of the log names it.
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     if settings.workers > 1:
         return _serve_by_workers(settings, listening)
-    server = uvicorn.Server(server_config(create_app(settings), settings))
-    # uvicorn stops in order and then raises the signal again: being told to stop is success.
+    server = DrainingServer(server_config(create_app(settings), settings))
+    # After a clean stop uvicorn raises the signal again, but stopping on request is success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         server.run(sockets=[listening])
@@ -94,7 +99,7 @@ def _serve(_: argparse.Namespace) -> int:
 
 
 def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
-    """Serve by several processes, each of which reads the settings from the environment."""
+    """Serve with several processes, each of which reads its settings from the environment."""
     with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
         os.environ["ARBITER_PORT"] = str(settings.port)
         os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
@@ -104,7 +109,7 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
 
 
 def server_config(app: ASGIApp | str, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves us: an application, or for several workers where it is."""
+    """The configuration of uvicorn. Several workers need the import path of `app`."""
     return uvicorn.Config(
         app,
         workers=settings.workers,
@@ -113,7 +118,7 @@ def server_config(app: ASGIApp | str, settings: Settings) -> uvicorn.Config:
         backlog=BACKLOG,
         log_config=None,
         access_log=False,
-        # Nothing here depends on the address of the client.
+        # Nothing here depends on the client's address.
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_grace_secs,

@@ -1,7 +1,7 @@
 """The composition root: settings -> store -> service -> application.
 
-Nothing is opened at import. `app` is made when somebody asks for it, so that
-`uvicorn app.main:app` works and importing this module reads no configuration.
+Importing this module opens nothing and reads no configuration. `app` is created on first use,
+for `uvicorn app.main:app`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -40,15 +41,15 @@ from app.sweeper import Sweeper
 
 
 def create_app(settings: Settings) -> ASGIApp:
-    """The service that `settings` describe."""
+    """Build the service that `settings` describe."""
     framework = create_framework(settings)
-    # In front of FastAPI, not among its middleware, whose own layers cost as much again.
+    # In front of FastAPI rather than in its middleware stack, which would double the cost.
     return FastLane(framework) if settings.fast_lane else framework
 
 
 def create_framework(settings: Settings, store: SessionStore | None = None) -> FastAPI:
-    """The service without its fast lane, over `store` if one is given. The store is opened
-    when the application starts, and closed when it stops."""
+    """Build the service without its fast lane, over `store` if given. The application opens
+    the store when it starts and closes it when it stops."""
     more = [add_trace_ids] if tracing_enabled() else []
     configure_logs(settings.log_format, settings.log_level, *more)
     tracing = open_tracing()
@@ -112,12 +113,12 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
 
 @contextmanager
 def _explaining_failure() -> Iterator[None]:
-    """Tell in one sentence why the service cannot start."""
+    """Print one sentence that says why the service cannot start."""
     try:
         yield
     except Unusable as error:
         print(f"arbiter: {error}", file=sys.stderr)
-        # All is said; uvicorn would add a traceback.
+        # uvicorn would add a traceback to that sentence.
         logging.getLogger("uvicorn.error").disabled = True
         raise
 
@@ -132,14 +133,22 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _check_lifespan() -> None:
+    """Raise `BadSettings` if uvicorn was told to skip the lifespan, which opens the store."""
+    options = " ".join(sys.argv).replace("=", " ")
+    if "--lifespan off" in options or os.environ.get("UVICORN_LIFESPAN") == "off":
+        raise BadSettings("uvicorn must not have --lifespan off: the lifespan opens the store")
+
+
 def __getattr__(name: str) -> Any:
-    """`app`, made on first use (PEP 562)."""
+    """Create `app` on first use (PEP 562)."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         settings = load_settings()
         if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
             settings.check_workers()
+        _check_lifespan()
         made = create_app(settings)
     except BadSettings as error:
         print(f"arbiter: {error}", file=sys.stderr)

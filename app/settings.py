@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from annotated_types import Ge, Le
 from dotenv.parser import parse_stream
 from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.http.auth import ApiKey, is_loopback
@@ -45,11 +47,11 @@ class Settings(BaseSettings):
     store_url: Annotated[str, Field(repr=False)] = "memory://"
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
     allow_unauthenticated: bool = False
-    cleanup_interval_secs: Annotated[float, Field(gt=0, le=86_400)] = 60
+    cleanup_interval_secs: Annotated[float, Field(ge=0.1, le=86_400)] = 60
     retention_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 300
-    max_time_limit_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 604_800
-    max_active_sessions_per_agent: Annotated[int, Field(ge=0)] | None = None
-    max_sessions: Annotated[int, Field(ge=1)] = 1_000_000
+    max_time_limit_secs: Annotated[int, Field(ge=1, le=TEN_YEARS_SECS)] = 604_800
+    max_active_sessions_per_agent: Annotated[int | None, Field(ge=0, le=1_000_000)] = None
+    max_sessions: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
     fast_lane: bool = True
     log_level: LogLevel = "info"
     log_format: LogFormat = Field(
@@ -60,7 +62,7 @@ class Settings(BaseSettings):
     audit_log: str | None = None
     max_connections: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
     max_requests_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    request_timeout_secs: Annotated[float, Field(gt=0, le=3600)] = 10
+    request_timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = 10
     keep_alive_secs: Annotated[float, Field(ge=0, le=86_400)] = 75
     shutdown_delay_secs: Annotated[float, Field(ge=0, le=3600)] = 0
     shutdown_grace_secs: Annotated[int, Field(ge=0, le=3600)] = 20
@@ -112,7 +114,8 @@ class Settings(BaseSettings):
             return
         raise BadSettings(
             f"refusing to listen on {self.host} without authentication: set ARBITER_API_KEYS "
-            "(make a key with: python -m app keys new --name NAME --scope SCOPE), or set "
+            "(make a key with: arbiter keys new --name NAME --scope SCOPE, from the container "
+            "image with: docker run --rm arbiter keys new --name NAME --scope SCOPE), or set "
             "ARBITER_ALLOW_UNAUTHENTICATED=true if everybody who can connect may do everything"
         )
 
@@ -179,8 +182,16 @@ def _refuse_unknown(names: Iterable[str]) -> None:
         )
 
 
-def _sentence(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
+def _sentence(error: ErrorDetails) -> str:
+    """One validation error as one sentence, without the value."""
+    message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message
-    return f"{PREFIX}{str(error['loc'][0]).upper()}: {message}"
+    name = str(error["loc"][0])
+    field = Settings.model_fields[name]
+    low = next((each.ge for each in field.metadata if isinstance(each, Ge)), None)
+    high = next((each.le for each in field.metadata if isinstance(each, Le)), None)
+    if high is None:
+        return f"{PREFIX}{name.upper()}: {message}"
+    kind = "number" if field.annotation is float else "whole number"
+    return f"{PREFIX}{name.upper()} must be a {kind} from {low} to {high}"

@@ -45,12 +45,12 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ({"ARBITER_PORTT": "1"}, "unknown setting ARBITER_PORTT"),
         ({"ARBITER_port": "1"}, "unknown setting ARBITER_port"),
         ({"ARBITER_API_KEY": "a"}, "unknown setting ARBITER_API_KEY"),
-        ({"ARBITER_PORT": "http"}, "ARBITER_PORT: "),
-        ({"ARBITER_PORT": "70000"}, "ARBITER_PORT: "),
-        ({"ARBITER_PORT": ""}, "ARBITER_PORT: "),
-        ({"ARBITER_RETENTION_SECS": "-1"}, "ARBITER_RETENTION_SECS: "),
-        ({"ARBITER_CLEANUP_INTERVAL_SECS": "0"}, "ARBITER_CLEANUP_INTERVAL_SECS: "),
-        ({"ARBITER_CLEANUP_INTERVAL_SECS": "nan"}, "ARBITER_CLEANUP_INTERVAL_SECS: "),
+        ({"ARBITER_PORT": "http"}, "ARBITER_PORT must be "),
+        ({"ARBITER_PORT": "70000"}, "ARBITER_PORT must be "),
+        ({"ARBITER_PORT": ""}, "ARBITER_PORT must be "),
+        ({"ARBITER_RETENTION_SECS": "-1"}, "ARBITER_RETENTION_SECS must be "),
+        ({"ARBITER_CLEANUP_INTERVAL_SECS": "0"}, "ARBITER_CLEANUP_INTERVAL_SECS must be "),
+        ({"ARBITER_CLEANUP_INTERVAL_SECS": "nan"}, "ARBITER_CLEANUP_INTERVAL_SECS must be "),
         ({"ARBITER_ALLOW_UNAUTHENTICATED": "maybe"}, "ARBITER_ALLOW_UNAUTHENTICATED: "),
         ({"ARBITER_LOG_LEVEL": "loud"}, "ARBITER_LOG_LEVEL: "),
         ({"ARBITER_STORE_URL": "mongo://x"}, "use one of: memory://"),
@@ -68,6 +68,51 @@ def test_a_bad_setting_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
 ) -> None:
     assert says in refused(monkeypatch, **variables)
+
+
+NUMBERS = {
+    "ARBITER_PORT": (0, 65_535),
+    "ARBITER_CLEANUP_INTERVAL_SECS": (0.1, 86_400),
+    "ARBITER_RETENTION_SECS": (0, 316_224_000),
+    "ARBITER_MAX_TIME_LIMIT_SECS": (1, 316_224_000),
+    "ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT": (0, 1_000_000),
+    "ARBITER_MAX_SESSIONS": (1, 100_000_000),
+    "ARBITER_WORKERS": (1, 256),
+    "ARBITER_MAX_CONNECTIONS": (1, 10_000_000),
+    "ARBITER_MAX_REQUESTS_IN_FLIGHT": (1, 1_000_000),
+    "ARBITER_REQUEST_TIMEOUT_SECS": (0.1, 3600),
+    "ARBITER_KEEP_ALIVE_SECS": (0, 86_400),
+    "ARBITER_SHUTDOWN_DELAY_SECS": (0, 3600),
+    "ARBITER_SHUTDOWN_GRACE_SECS": (0, 3600),
+}
+
+
+@pytest.mark.parametrize(("name", "bounds"), NUMBERS.items(), ids=NUMBERS)
+def test_every_number_has_a_floor_and_a_ceiling(
+    monkeypatch: pytest.MonkeyPatch, name: str, bounds: tuple[float, float]
+) -> None:
+    low, high = bounds
+    for text in (str(low - 0.05), str(low - 1), str(high + 1), "nan", "inf", "1e999", "many"):
+        sentence = refused(monkeypatch, **{name: text})
+        assert sentence.startswith(f"{name} must be ")
+        assert f"from {low:g} to {high}" in sentence
+
+    # As a number alone; a store may still refuse several workers.
+    for value in (low, high):
+        assert Settings.model_fields[name.removeprefix("ARBITER_").lower()]
+        monkeypatch.setenv("ARBITER_STORE_URL", "redis://localhost")
+        monkeypatch.setenv(name, f"{value}")
+        load_settings()
+
+
+def test_every_number_is_in_the_table() -> None:
+    numeric = {
+        f"ARBITER_{name.upper()}"
+        for name, field in Settings.model_fields.items()
+        if any(kind in str(field.annotation) for kind in ("int", "float"))
+    }
+
+    assert numeric == NUMBERS.keys()
 
 
 def test_a_wrong_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +203,7 @@ class TestCommands:
         for command in ("serve", "config"):
             ended = run(command, ARBITER_PORT="x")
             assert ended.returncode == 2
-            assert ended.stderr.startswith("arbiter: ARBITER_PORT: ")
+            assert ended.stderr.startswith("arbiter: ARBITER_PORT must be ")
             assert ended.stderr.count("\n") == 1
 
     def test_uvicorn_says_the_same(self) -> None:
@@ -173,7 +218,7 @@ class TestCommands:
         )
 
         assert ended.returncode == 2
-        assert ended.stderr.startswith("arbiter: ARBITER_PORT: ")
+        assert ended.stderr.startswith("arbiter: ARBITER_PORT must be ")
 
     def test_uvicorn_workers_cannot_share_a_memory_store(self) -> None:
         root = Path(__file__).parent.parent

@@ -1,1 +1,1 @@
-"""HTTP: bytes in, answers out."""
+"""The HTTP API of sessions: routes, schemas, encoding, problem codes."""

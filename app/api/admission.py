@@ -1,4 +1,4 @@
-"""Routes that admit calls: decide, and count in the same step."""
+"""Routes that admit calls: decide and count in one step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ADMISSION = problem_responses(
     *ALWAYS,
 ) | {
     200: {"description": "Admitted and counted.", "headers": RATE_HEADERS},
-    204: {"description": "Admitted and counted; no body asked for.", "headers": RATE_HEADERS},
+    204: {"description": "Admitted and counted; without a body, as requested.", "headers": RATE_HEADERS},
 }
 
 
@@ -69,7 +69,7 @@ async def record_call(
     minimal: Minimal,
     dry_run: DryRun = False,
 ) -> Response:
-    """Decide whether the session may call this tool now and, if yes, count the call."""
+    """Decide whether the session may call this tool now and, if so, count the call."""
     decision = await service.record_call(
         session_id,
         body.tool_name,
@@ -102,7 +102,7 @@ async def record_batch(
     minimal: Minimal,
     dry_run: DryRun = False,
 ) -> Response:
-    """Decide about all of the calls and, if every one may be made, count them all."""
+    """Decide whether the session may make all of these calls now and, if so, count them."""
     decision = await service.record_batch(
         session_id,
         tuple(body.tool_names),

@@ -1,4 +1,4 @@
-"""Routes about all sessions of one agent."""
+"""Routes about all sessions of an agent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from app.api.dependencies import AgentId, RequestActor, Service
 from app.api.openapi import ALWAYS, problem_responses
 from app.api.schemas import Agent, AgentSessionsClosed
 from app.http.auth import Scope
-from app.http.problems import NOT_FOUND
 from app.http.response import json_response
 from app.http.route import StrictRoute, allow, to_starlette
 
@@ -22,11 +21,11 @@ router = APIRouter(route_class=StrictRoute)
     summary="Count an agent's active sessions",
     tags=["agents"],
     response_model=Agent,
-    responses=problem_responses(NOT_FOUND, *ALWAYS),
+    responses=problem_responses(*ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
 async def get_agent(agent_id: AgentId, service: Service) -> Response:
-    """How many sessions of the agent are active; 0 for an agent never seen."""
+    """Return the number of the agent's active sessions, which is 0 for an unknown agent."""
     active = await service.count_active_sessions(agent_id)
     return to_starlette(
         json_response(200, to_json({"agent_id": agent_id, "active_sessions": active}), [])
@@ -39,13 +38,13 @@ async def get_agent(agent_id: AgentId, service: Service) -> Response:
     summary="Close all sessions of an agent",
     tags=["agents"],
     response_model=AgentSessionsClosed,
-    responses=problem_responses(NOT_FOUND, *ALWAYS),
+    responses=problem_responses(*ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
 async def close_agent_sessions(
     agent_id: AgentId, service: Service, actor: RequestActor
 ) -> Response:
-    """The kill switch: close every active session of the agent in one step."""
+    """The kill switch: close all active sessions of the agent in one step."""
     closed = await service.close_agent_sessions(agent_id, actor)
     return to_starlette(
         json_response(200, to_json({"agent_id": agent_id, "closed": closed}), [])

@@ -1,4 +1,4 @@
-"""The FastAPI application over a service: routes, layers, and every error as a problem."""
+"""The FastAPI application: routes, middleware, and the conversion of errors to problems."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from opentelemetry.trace import TracerProvider
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
@@ -35,10 +36,10 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 _ROUTERS = (sessions.router, admission.router, agents.router, operations.router)
 
 _UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
-"""Asked again and again, by machines."""
+"""Paths that machines request all the time."""
 
 MAX_FIELD_ERRORS = 20
-"""Field errors that one answer lists."""
+"""Maximum number of field errors in one response."""
 
 
 def build_application(
@@ -48,19 +49,18 @@ def build_application(
     lifespan: Lifespan | None = None,
     tracing: TracerProvider | None = None,
 ) -> FastAPI:
-    """The framework lane: the whole service, but for the fast lane in front of it."""
-    app = FastAPI(
+    """Build the FastAPI application that serves `service`."""
+    app = FastAPIOffline(
         title="Arbiter",
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         telemetry={
             "tracer_provider": tracing,
             "tracing": tracing is not None,
             "auto_configure": tracing is not None,
-            # Prometheus has the metrics, of both lanes; the logs have what goes wrong.
+            # Prometheus has the metrics, and the log has the errors.
             "metrics": False,
             "logs": False,
             "operation_spans": False,
@@ -76,7 +76,9 @@ def build_application(
         app.include_router(router)
     for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
-    app.add_middleware(RequestMiddleware, observe=metrics.own.observe_request)
+    app.add_middleware(
+        RequestMiddleware, authenticator=authenticator, observe=metrics.own.observe_request
+    )
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -88,7 +90,7 @@ def build_application(
 
 
 def _on_error(request: Request, error: Exception) -> Response:
-    """Every error that is not a defect, as a problem."""
+    """Return the problem for an error. Raises `error` itself if it is a defect."""
     request_id = request.state.request_id
     match error:
         case ArbiterError():
@@ -109,20 +111,22 @@ def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _field_error(error: dict[str, Any]) -> dict[str, str]:
-    """Where and why, without the input. The name of an unknown field is input too."""
+    """Say where an error is and why, without the input. An unknown field's name is input."""
     location, *path = map(str, error["loc"])
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        path, detail = path[:-1], "has a field that is not known; see /docs for those that are"
+        path, detail = path[:-1], "has an unknown field; /docs lists the fields"
     return {"in": location, "field": "/".join(path), "detail": detail}
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Every method that some route has at this path. Starlette's own `Allow` header names
-    those of the first such route only."""
+    """Return the methods of all routes with this path. Starlette's own `Allow` header has only
+    those of the first."""
     methods: set[str] = set()
     routes = [*request.app.routes, *(each for router in _ROUTERS for each in router.routes)]
     for route in routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
+    if "GET" in methods:
+        methods.add("HEAD")
     return sorted(methods)

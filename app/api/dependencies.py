@@ -1,4 +1,4 @@
-"""What routes take from the path, the query and the headers."""
+"""Path, query and header parameters of routes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator, Field
 
 from app.api.problem_types import session_not_found
-from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE
+from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE, canonical_uuid
 from app.http.headers import idempotency_key, wants_minimal
-from app.http.problems import NOT_FOUND, Refused
+from app.http.problems import invalid_field
 from app.observability.audit import Actor
 from app.service import SessionService
 from app.store.contract import IdempotencyKey
@@ -31,7 +31,7 @@ def _digits(value: Any) -> Any:
     return value
 
 
-# Dependencies are coroutines though none awaits: FastAPI runs plain functions in threads.
+# Coroutines, although none awaits: FastAPI would run plain functions in threads.
 async def _service(request: Request) -> SessionService:
     service: SessionService = request.app.state.service
     return service
@@ -41,7 +41,7 @@ async def _session_id(
     session_id: Annotated[
         str,
         Path(
-            description="A canonical lower-case UUID; anything else is not found.",
+            description="A UUID in lower case. Anything else is session_not_found.",
             json_schema_extra={"format": "uuid"},
             examples=[SESSION_ID_EXAMPLE],
         ),
@@ -56,15 +56,16 @@ async def _agent_id(
     agent_id: Annotated[
         str,
         Path(
-            description="A canonical lower-case UUID; anything else is not found.",
+            description="A UUID, in upper or lower case.",
             json_schema_extra={"format": "uuid"},
             examples=[AGENT_ID_EXAMPLE],
         ),
     ],
 ) -> str:
-    if not CANONICAL_UUID.fullmatch(agent_id):
-        raise Refused(NOT_FOUND)
-    return agent_id
+    try:
+        return canonical_uuid(agent_id)
+    except ValueError as error:
+        raise invalid_field("path", "agent_id", str(error)) from None
 
 
 async def _idempotency(
@@ -73,8 +74,8 @@ async def _idempotency(
         str | None,
         Header(
             alias="Idempotency-Key",
-            description="1 to 255 printable ASCII characters. The same key with the same "
-            "request gives the first admitted answer again and charges nothing.",
+            description="1 to 255 printable ASCII characters. A retry with the same key gets "
+            "the first admitted response again and costs nothing.",
         ),
     ] = None,
 ) -> IdempotencyKey | None:
@@ -86,7 +87,7 @@ async def _minimal(
     request: Request,
     _: Annotated[
         str | None,
-        Header(alias="Prefer", description="return=minimal: 204 without a body."),
+        Header(alias="Prefer", description="return=minimal asks for 204 without a body."),
     ] = None,
 ) -> bool:
     return wants_minimal(request.headers.getlist("prefer"))
@@ -105,11 +106,11 @@ Minimal = Annotated[bool, Depends(_minimal)]
 DryRun = Annotated[
     bool,
     BeforeValidator(_flag),
-    Query(description="Answer as the real request would now, and record nothing."),
+    Query(description="Decide as for a real request, but record nothing."),
 ]
 Limit = Annotated[
     int,
     Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),
     BeforeValidator(_digits),
-    Query(description="Sessions on a page."),
+    Query(description="Maximum number of sessions on a page."),
 ]

@@ -1,4 +1,4 @@
-"""Sessions and decisions as they are sent: JSON bodies and rate headers."""
+"""Encodes sessions and decisions as responses: JSON bodies and rate headers."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def instant(microseconds: int) -> bytes:
-    """An instant as RFC 3339, section 5.6, in UTC with six decimals."""
+    """Format microseconds since 1970 as RFC 3339, section 5.6, in UTC with six decimals."""
     secs, rest = divmod(microseconds, MICROSECONDS)
     return b"%b.%06dZ" % (_second(secs), rest)
 
 
 @lru_cache(maxsize=8192)
 def _second(secs: int) -> bytes:
-    # Kept for a while: sessions begin, end and open their windows in the same seconds.
+    # Cached because many sessions begin, end or open a window in the same second.
     moment = _EPOCH + timedelta(seconds=secs)
     return moment.isoformat(timespec="seconds")[:-6].encode()
 
 
 class _Fixed(NamedTuple):
-    """What is said of a session again and again and never changes."""
+    """The encoded parts of a session that never change."""
 
     body: bytes
-    """The first fields of its JSON, without the last brace."""
+    """The start of its JSON, without the closing brace."""
     policy: tuple[bytes, bytes]
     """Its `RateLimit-Policy` header."""
 
 
 FIXED_PARTS = 16_384
-"""Sessions whose fixed part is kept, about 600 bytes each."""
+"""Maximum number of sessions with a cached fixed part of about 600 bytes."""
 
 _fixed_parts: OrderedDict[str, _Fixed] = OrderedDict()
 
 
 def _fixed(session: Session) -> _Fixed:
-    """Encoded once and kept while the session is among the latest; ids are never reused."""
+    """Return the fixed part of a session, from the cache if possible. Ids are never reused."""
     known = _fixed_parts.get(session.session_id)
     if known is None:
         known = _Fixed(_encode_fixed(session), _policy(session.grant))
@@ -64,8 +64,8 @@ def _fixed(session: Session) -> _Fixed:
 
 
 def _encode_fixed(session: Session) -> bytes:
-    # By hand, since with very many sessions most answers need it: texts that could hold
-    # anything are encoded by the library, ids and tiers need no escaping.
+    # Formatted by hand for speed: with very many sessions most responses miss the cache. The
+    # library encodes free text. Ids and tiers need no escaping.
     grant = session.grant
     rate = grant.rate_limit_per_minute
     return (
@@ -103,7 +103,7 @@ def _policy(grant: Grant) -> tuple[bytes, bytes]:
 
 
 def encode_session(session: Session) -> bytes:
-    """The JSON of a session. What can change during its life comes last."""
+    """Encode a session as JSON. The fields that change during its life come last."""
     remaining = session.calls_remaining
     if session.closed_at is None and session.as_of < session.expires_at:
         state = _ACTIVE if remaining > 0 else _SPENT
@@ -127,10 +127,10 @@ _SPENT = b'"active","is_active":false}'
 
 
 def rate_headers(session: Session) -> Headers:
-    """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
+    """Return `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
 
-    The budget never refills, so that it has neither a window nor a reset. A window that
-    has elapsed is whole again and has no reset either.
+    The budget never refills, so it has neither a window nor a reset. An elapsed window counts
+    as empty and has no reset either.
     """
     limit = session.grant.rate_limit_per_minute
     remaining = session.calls_remaining
@@ -148,8 +148,8 @@ def rate_headers(session: Session) -> Headers:
 
 
 def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
-    """The answer to calls that were admitted: the session, or with `minimal` no body
-    (RFC 7240, section 4.2)."""
+    """Return the response to admitted calls: the session, or no body if `minimal` (RFC 7240,
+    section 4.2)."""
     headers = rate_headers(admitted.session)
     if admitted.replayed:
         headers.append(REPLAYED)
@@ -159,7 +159,7 @@ def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
 
 
 def denied_response(denied: Denied, request_id: str) -> RawResponse:
-    """The response to a denial, a problem."""
+    """Return the problem response to a denial."""
     members: dict[str, Any] = {
         "retryable": denied.retry_after_secs is not None,
         "next_action": denied.next_action.value,
@@ -189,7 +189,7 @@ def _violation(violation: Violation) -> dict[str, Any]:
 
 
 def created_response(admitted: Admitted) -> RawResponse:
-    """The answer to a creation."""
+    """Return the response to a creation."""
     location = b"/sessions/" + admitted.session.session_id.encode()
     headers = [(b"location", location)]
     if admitted.replayed:
@@ -198,7 +198,7 @@ def created_response(admitted: Admitted) -> RawResponse:
 
 
 def page_response(page: Page) -> RawResponse:
-    """A page of sessions."""
+    """Return the response with a page of sessions."""
     items = b",".join(map(encode_session, page.sessions))
     cursor = b"" if page.next_cursor is None else b',"next_cursor":' + to_json(page.next_cursor)
     return json_response(200, b'{"items":[%b]%b}' % (items, cursor), [])

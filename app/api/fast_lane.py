@@ -121,14 +121,17 @@ class FastLane:
             len(headers) != len(scope["headers"])
             or headers.get(b"content-type") != b"application/json"
             or b"content-length" not in headers
+            or b"content-encoding" in headers
             or b"idempotency-key" in headers
             or headers.get(b"prefer") not in _PREFERENCES
         ):
             return None
+        server = scope.get("server")
+        hosts = (headers[b"host"],) if b"host" in headers else ()
+        if not self._authenticator.serves(hosts, server):
+            return None
         try:
-            caller = self._authenticator.identify(
-                headers.get(b"authorization"), scope.get("server")
-            )
+            caller = self._authenticator.identify(headers.get(b"authorization"), server)
         except auth.Unauthenticated:
             return None
         return caller if caller.may(_SCOPES) else None

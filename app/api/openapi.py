@@ -1,5 +1,5 @@
-"""The OpenAPI document: what our routes say of themselves, and what FastAPI's generated
-document still needs so that a client generator makes something pleasant of it."""
+"""The OpenAPI document: descriptions that routes share, and changes to FastAPI's document that
+make generated clients pleasant to use."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ from app.http.problems import (
 
 TAGS = [
     {"name": "sessions", "description": "Issue and end task sessions."},
-    {"name": "admission", "description": "Ask before a tool call, and count it."},
-    {"name": "agents", "description": "All sessions of one agent; the kill switch."},
+    {"name": "admission", "description": "Ask before each tool call, and count it."},
+    {"name": "agents", "description": "All sessions of an agent, and the kill switch."},
     {"name": "operations", "description": "Health and metrics."},
 ]
 
 _DESCRIPTION = """\
 Before an agent proxy lets a tool call through, it asks here: may this session make this
-call, now? If yes, the call is counted in the same atomic step. A denial changes nothing.
+call now? If so, the call is counted in the same atomic step. A denial changes nothing.
 
-Every error is an RFC 9457 problem; `code` is what a program should act on, and
-`agent_message` is safe to show to the agent.
+Every error is an RFC 9457 problem. Programs should act on `code`. `agent_message` is safe
+to show to the agent.
 """
 
 
 class Violation(BaseModel):
-    """A rule of the session that the request breaks."""
+    """A rule that the request violates."""
 
     code: ProblemCode
-    limit: Count = Field(default=0, description="The figure that may not be passed.")
-    used: Count = Field(default=0, description="How much of it is used.")
+    limit: Count = Field(default=0, description="The call budget or the rate limit.")
+    used: Count = Field(default=0, description="How much of the limit is used.")
     tool_indexes: list[Count] = Field(
-        default=[], description="Places in the batch, from 0, of tools that are not allowed."
+        default=[], description="Positions in the batch, from 0, of tools that are not allowed."
     )
 
 
 class FieldError(BaseModel):
-    """A part of the request that is not valid."""
+    """An invalid part of the request."""
 
-    location: str = Field(alias="in", description="body, query or header.")
-    field: str = Field(description="Which field, as a path; empty for the whole.")
+    location: str = Field(alias="in", description="body, path, query or header.")
+    field: str = Field(description="The path of the field; empty for the whole part.")
     detail: str
 
 
@@ -72,23 +72,23 @@ class Problem(BaseModel):
     type: str = Field(description="A path on this service that explains the code.")
     title: str
     status: Count
-    code: ProblemCode = Field(description="What a program should act on.")
-    detail: str = Field(description="What happened, for a person.")
-    instance: str = Field(description="Names this occurrence.")
+    code: ProblemCode = Field(description="The code that programs should act on.")
+    detail: str = Field(description="What happened, for people.")
+    instance: str = Field(description="Identifies this occurrence.")
     request_id: str
     retryable: bool = Field(
-        default=False, description="Whether the same request can pass later."
+        default=False, description="Whether the same request can succeed later."
     )
-    retry_after_secs: Count = Field(default=0, description="When it can.")
+    retry_after_secs: Count = Field(default=0, description="Seconds until then.")
     next_action: NextAction = Field(
-        default=NextAction.STOP, description="What the caller can usefully do."
+        default=NextAction.STOP, description="What the caller can do about it."
     )
     violations: list[Violation] = Field(
-        default=[], description="Every rule that the request breaks."
+        default=[], description="All rules that the request violates."
     )
-    errors: list[FieldError] = Field(default=[], description="What is not valid.")
-    limit: Count = Field(default=0, description="The figure that may not be passed.")
-    used: Count = Field(default=0, description="How much of it is used.")
+    errors: list[FieldError] = Field(default=[], description="The invalid parts.")
+    limit: Count = Field(default=0, description="The limit that the first violation exceeds.")
+    used: Count = Field(default=0, description="How much of the limit is used.")
     agent_message: str = Field(default="", description="One sentence for the agent.")
 
 
@@ -99,14 +99,14 @@ ALWAYS = (
     STORE_UNAVAILABLE,
     INTERNAL_ERROR,
 )
-"""What any route with a key can answer."""
+"""Problems of every route that needs a key."""
 
 WITH_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, IDEMPOTENCY_CONFLICT)
-"""What a route that takes a body can answer besides."""
+"""Further problems of routes that take a body."""
 
 
 def problem_responses(*kinds: ProblemType) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can answer with these problems."""
+    """Return the `responses` of a route that can respond with these problems."""
     found: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
         response = found.setdefault(
@@ -119,12 +119,12 @@ def problem_responses(*kinds: ProblemType) -> dict[int | str, dict[str, Any]]:
                         "examples": {},
                     }
                 },
-                "headers": {"X-Request-Id": _header("Id of this request.")},
+                "headers": {"X-Request-Id": _header("The id of this request.")},
             },
         )
         if kind.status in (429, 503):
             response["headers"]["Retry-After"] = _header(
-                "Seconds to wait; only if the same request can pass then.", "integer"
+                "Seconds to wait, if the same request can succeed then.", "integer"
             )
         response["content"]["application/problem+json"]["examples"][kind.code] = {
             "summary": kind.title,
@@ -185,15 +185,15 @@ def _header(description: str, kind: str = "string") -> dict[str, Any]:
 
 
 RATE_HEADERS = {
-    "RateLimit-Policy": _header('The limits: "budget";q=100, "window";q=60;w=60'),
-    "RateLimit": _header('What is left of them: "budget";r=57, "window";r=3;t=12'),
-    "Idempotency-Replayed": _header("true if this repeats an earlier answer."),
-    "X-Request-Id": _header("Id of this request."),
+    "RateLimit-Policy": _header('The limits, such as "budget";q=100, "window";q=60;w=60'),
+    "RateLimit": _header('What is left of them, such as "budget";r=57, "window";r=3;t=12'),
+    "Idempotency-Replayed": _header("true if this repeats an earlier response."),
+    "X-Request-Id": _header("The id of this request."),
 }
 CREATED_HEADERS = {
     "Location": _header("The path of the session."),
-    "Idempotency-Replayed": _header("true if this repeats an earlier answer."),
-    "X-Request-Id": _header("Id of this request."),
+    "Idempotency-Replayed": _header("true if this repeats an earlier response."),
+    "X-Request-Id": _header("The id of this request."),
 }
 SESSION_LINKS = {
     operation_id: {
@@ -205,11 +205,11 @@ SESSION_LINKS = {
 
 
 def build_document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of `app`."""
+    """Build the OpenAPI document of `app`."""
     document = get_openapi(
         title="Arbiter",
         version=app.version,
-        summary="Task sessions that bound what an AI agent may do.",
+        summary="Task sessions that limit what an AI agent may do.",
         description=_DESCRIPTION,
         routes=app.routes,
         tags=TAGS,
@@ -227,7 +227,7 @@ def build_document(app: FastAPI) -> dict[str, Any]:
             "type": "http",
             "scheme": "bearer",
             "bearerFormat": "name.secret",
-            "description": "Made by `python -m app keys new`.",
+            "description": "Made by `arbiter keys new`.",
         }
     }
     _tidy(document)
@@ -236,14 +236,14 @@ def build_document(app: FastAPI) -> dict[str, Any]:
 
 
 def _drop_defaults(*schemas: dict[str, Any]) -> None:
-    """An absent member of a problem means that it does not apply, not a value."""
+    """Remove defaults: a member that a problem lacks does not apply, and has no value."""
     for schema in schemas:
         for member in schema["properties"].values():
             member.pop("default", None)
 
 
 def _tidy(node: Any) -> None:
-    """Make optional mean left out, never null, and the bounds of integers integers."""
+    """Declare optional fields as absent rather than null, and bounds of integers as integers."""
     if isinstance(node, list):
         for each in node:
             _tidy(each)

@@ -1,11 +1,11 @@
-"""Health, metrics, and the pages that explain the problem codes."""
+"""Routes for health, metrics, and the pages that explain problem codes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.api.openapi import problem_responses
@@ -32,8 +32,6 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
 )
 
 
-# Health checkers use HEAD, which FastAPI does not answer on GET routes by itself.
-@router.head("/livez", include_in_schema=False, openapi_extra=PUBLIC)
 @router.get(
     "/livez",
     operation_id="livez",
@@ -42,11 +40,10 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
     openapi_extra=PUBLIC,
 )
 async def livez() -> Response:
-    """Whether the process runs. Needs no key."""
+    """Check that the process is running. No key is needed."""
     return to_starlette(_OK)
 
 
-@router.head("/readyz", include_in_schema=False, openapi_extra=PUBLIC)
 @router.get(
     "/readyz",
     operation_id="readyz",
@@ -56,13 +53,12 @@ async def livez() -> Response:
     openapi_extra=PUBLIC,
 )
 async def readyz(request: Request) -> Response:
-    """Whether requests can be served: the store answers, and this process is not
-    about to stop. Needs no key."""
+    """Check that requests can be served: the store responds, and this process is not shutting
+    down. No key is needed."""
     await request.app.state.service.ready()
     return to_starlette(_OK)
 
 
-@router.head("/healthz", include_in_schema=False, openapi_extra=PUBLIC)
 @router.get(
     "/healthz",
     operation_id="healthz",
@@ -72,7 +68,7 @@ async def readyz(request: Request) -> Response:
     openapi_extra=PUBLIC,
 )
 async def healthz(request: Request) -> Response:
-    """The same as /readyz, under its older name. Needs no key."""
+    """The same as /readyz, under its older name. No key is needed."""
     return await readyz(request)
 
 
@@ -85,7 +81,7 @@ async def healthz(request: Request) -> Response:
     openapi_extra=allow(Scope.OPERATE),
 )
 async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format, also while the store does not answer."""
+    """Return metrics in the text format of Prometheus, even while the store is unavailable."""
     state = request.app.state
     try:
         active = await state.service.count_active()
@@ -95,9 +91,15 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+@router.get("/", include_in_schema=False, openapi_extra=PUBLIC)
+async def root() -> Response:
+    """Redirect to the documentation, for people who open the address from the log."""
+    return RedirectResponse("/docs")
+
+
 @router.get("/problems/{code}", include_in_schema=False, openapi_extra=PUBLIC)
 async def problem_page(code: str) -> Response:
-    """What a problem code means and what to do about it."""
+    """Explain a problem code and what to do about it."""
     kind = PROBLEM_TYPES.get(code)
     if kind is None:
         raise Refused(NOT_FOUND)

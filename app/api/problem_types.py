@@ -1,4 +1,4 @@
-"""The problem codes that are about sessions. Those of HTTP and of the service itself are in
+"""The problem codes about sessions. Those of HTTP and of the service itself are in
 `app.http.problems`."""
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ SESSION_NOT_FOUND = ProblemType(
     "session_not_found",
     404,
     "Session not found",
-    "No session has this id; it never existed, or it ended and has been removed.",
-    "Check the id: 36 characters, lower case. Ended sessions are removed after the retention "
-    "time. Create a new session if the task goes on.",
-    "This task session does not exist any more; a new one is needed to go on.",
+    "No session has this id: it never existed, or it has ended and been removed.",
+    "Check the id: 36 characters, lower case. Ended sessions are removed after "
+    "ARBITER_RETENTION_SECS, and a memory store loses all sessions in a restart. Create a new "
+    "session if the task should continue.",
+    "This task session does not exist; a new one is needed to continue.",
 )
 AGENT_MISMATCH = ProblemType(
     "agent_mismatch",
     403,
-    "Session of another agent",
-    "The session belongs to another agent than the one named in the request.",
-    "Send the agent_id that the session was created for, or leave it out. If an agent "
-    "presented the session id of another one, find out how it got that id.",
+    "Wrong agent",
+    "The session does not belong to the agent that the request names.",
+    "Send the agent_id that the session was created for, or leave it out. If an agent presented "
+    "another agent's session id, find out how it got that id.",
     "This task session belongs to another agent; stop using it.",
 )
 SESSION_CLOSED = ProblemType(
     "session_closed",
     409,
     "Session closed",
-    "The session has been closed.",
-    "This session was ended on purpose: it was closed, or all sessions of the agent were. Ask "
-    "before you create another one.",
+    "The session has been closed and cannot be reopened.",
+    "This session was ended on purpose, alone or with all sessions of its agent. Ask the "
+    "operator before you create another one.",
     "This task session has been closed; stop here.",
 )
 SESSION_EXPIRED = ProblemType(
@@ -40,27 +41,27 @@ SESSION_EXPIRED = ProblemType(
     408,
     "Session expired",
     "The session's time limit has passed.",
-    "Repeating the call cannot help. Create a new session if the task goes on, with a longer "
-    "time_limit_secs if this happens often.",
-    "The time for this task is over; a new session is needed to go on.",
+    "Repeating the call cannot help. Create a new session if the task should continue, with a "
+    "longer time_limit_secs if this happens often.",
+    "The time for this task is up; a new session is needed to continue.",
 )
 BUDGET_EXCEEDED = ProblemType(
     "budget_exceeded",
     429,
     "Call budget exceeded",
     "The session's call budget has too few calls left.",
-    "A budget never refills, so waiting cannot help. A batch larger than what is left can be "
-    "sent in parts of up to calls_remaining; otherwise create a new session.",
+    "A budget never refills, so waiting cannot help. A batch of up to calls_remaining calls "
+    "still fits; for more, create a new session.",
     "Too few calls are left in the budget of this task; a new session is needed.",
 )
 TOOL_NOT_AUTHORIZED = ProblemType(
     "tool_not_authorized",
     403,
     "Tool not authorized",
-    "The session's allow-list does not contain every tool of the request.",
+    "The session's allow-list does not cover every tool in the request.",
     "violations[].tool_indexes lists the positions, from 0, of the tools that are not allowed. "
     "Names are compared byte for byte. Call another tool, or create a session whose "
-    "authorized_tools contains this one.",
+    "authorized_tools cover this one.",
     "This tool is not available in this task; use one of the tools that are.",
 )
 SENSITIVITY_EXCEEDED = ProblemType(
@@ -68,8 +69,8 @@ SENSITIVITY_EXCEEDED = ProblemType(
     403,
     "Data too sensitive",
     "The call touches data above the session's sensitivity ceiling.",
-    "Tiers are public, internal, confidential, restricted. Touch less sensitive data, or "
-    "create a session with a higher data_sensitivity_ceiling.",
+    "The tiers, in rising order, are public, internal, confidential and restricted. Touch less "
+    "sensitive data, or create a session with a higher data_sensitivity_ceiling.",
     "This data is too sensitive for this task; work with less sensitive data.",
 )
 RATE_LIMITED = ProblemType(
@@ -78,14 +79,14 @@ RATE_LIMITED = ProblemType(
     "Rate limit exceeded",
     "The session's rate limit has too few calls left in the current window.",
     "If retryable is true, wait Retry-After seconds and send the same request. If it is false, "
-    "waiting cannot help: no window can hold so many calls, or the session expires first.",
+    "waiting cannot help: no window can hold that many calls, or the session expires first.",
     "This task is calling tools too fast; slow down.",
 )
 TOO_MANY_SESSIONS = ProblemType(
     "too_many_sessions",
     429,
     "Too many sessions",
-    "The agent has as many active sessions as this server allows.",
+    "The agent has reached this server's cap on active sessions.",
     "Close a session that is no longer needed, or wait for one to expire. The cap is "
     "ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT.",
     "This agent has too many open tasks; finish one first.",
@@ -93,11 +94,11 @@ TOO_MANY_SESSIONS = ProblemType(
 IDEMPOTENCY_CONFLICT = ProblemType(
     "idempotency_conflict",
     422,
-    "Idempotency key used before",
-    "This idempotency key was used for another request.",
-    "A key stands for one request. Use a new key for a new request, and repeat a request "
-    "unchanged when you retry it.",
-    "The request could not be repeated as it was sent; stop here.",
+    "Idempotency key reused",
+    "This idempotency key was used before, for a different request.",
+    "Use a new key for each request, and repeat a request unchanged when you retry it with its "
+    "key.",
+    "The call could not be checked; stop here.",
 )
 
 DENIALS = {
@@ -112,7 +113,7 @@ DENIALS = {
     DenialCode.TOO_MANY_SESSIONS: TOO_MANY_SESSIONS,
     DenialCode.IDEMPOTENCY_CONFLICT: IDEMPOTENCY_CONFLICT,
 }
-"""What each denial is over HTTP."""
+"""The problem type of each denial."""
 
 PROBLEM_TYPES = {kind.code: kind for kind in (*DENIALS.values(), *SERVICE_PROBLEMS)}
 """Every problem of this API by its code."""
@@ -124,6 +125,6 @@ ProblemCode.__doc__ = "Every code that a problem can have."
 
 
 def session_not_found() -> Refused:
-    """The refusal of a path whose session id cannot be that of any session."""
+    """Return the refusal of a path with the id of no session."""
     members = {"retryable": False, "next_action": "new_session", "violations": []}
     return Refused(SESSION_NOT_FOUND, members=members)

@@ -1,6 +1,6 @@
-"""Request and response bodies: wire names, wire units, and the way to and from the domain.
+"""Request and response bodies, with the names and units of the wire.
 
-Requests are strict: unknown fields are errors and nothing is coerced.
+Requests are strict: unknown fields are errors, and nothing is coerced.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from app.domain.tools import (
 )
 
 CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-"""RFC 9562, section 4, in the one spelling that names something here."""
+"""RFC 9562, section 4, in the only spelling that this service accepts as an id."""
 
 SESSION_ID_EXAMPLE = "0b8f1e6c-3f5d-4b2a-9c7e-2d1a6f4e8b90"
 AGENT_ID_EXAMPLE = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
 
-def _uuid_text(value: str) -> str:
+def canonical_uuid(value: str) -> str:
+    """Return the UUID in lower case. Raises `ValueError` if `value` is not a UUID."""
     canonical = value.lower()
     if not CANONICAL_UUID.fullmatch(canonical):
         raise ValueError("must be a UUID such as 7c9e6679-7425-40de-944b-e07fc1f90ae7")
@@ -67,18 +68,18 @@ def _not_null(value: Any) -> Any:
 
 
 def _tier(value: Any) -> Any:
-    # Strict validation wants the enum itself, but JSON can only carry its name.
+    # Strict validation wants a member of the enum, but JSON has only its value.
     if value not in list(DataSensitivity):
         raise ValueError(f"must be one of {', '.join(DataSensitivity)}")
     return DataSensitivity(value)
 
 
 NotNull = BeforeValidator(_not_null)
-"""Marks a field that may be left out but not be null; `openapi.py` says the same."""
+"""Marks a field that may be left out but may not be null. `openapi.py` documents it so."""
 
 UuidText = Annotated[
     str,
-    AfterValidator(_uuid_text),
+    AfterValidator(canonical_uuid),
     WithJsonSchema({"type": "string", "format": "uuid", "examples": [AGENT_ID_EXAMPLE]}),
 ]
 ToolName = Annotated[str, StringConstraints(pattern=TOOL_NAME_PATTERN)]
@@ -92,7 +93,7 @@ class _Request(BaseModel):
 
 
 class CreateSession(_Request):
-    """What a new session shall allow."""
+    """The terms of a new session."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -108,16 +109,16 @@ class CreateSession(_Request):
         }
     )
 
-    agent_id: UuidText = Field(description="The agent the session is for.")
+    agent_id: UuidText = Field(description="The agent that the session is for.")
     declared_intent: Annotated[
         str,
         StringConstraints(min_length=1, max_length=MAX_INTENT_CHARS),
         AfterValidator(_not_blank),
-    ] = Field(description="What the agent says it is going to do. Stored, never interpreted.")
+    ] = Field(description="What the agent says it will do. Stored, never interpreted.")
     authorized_tools: list[ToolEntry] = Field(
         max_length=MAX_ENTRIES,
-        description="Tools the session may call: exact names, or patterns in which * stands "
-        "for any run of characters. An empty list authorises nothing.",
+        description="Tools that the session may call: exact names, or patterns in which * "
+        "matches any run of characters. An empty list authorises nothing.",
     )
     delegation_chain_snapshot: list[
         Annotated[str, StringConstraints(max_length=MAX_DELEGATION_CHARS)]
@@ -128,28 +129,28 @@ class CreateSession(_Request):
     )
     time_limit_secs: Count = Field(
         default=DEFAULT_TIME_LIMIT_SECS,
-        description="Lifetime, in seconds. The server's maximum is 604800 unless configured.",
+        description="Lifetime in seconds. The server has a maximum, 604800 by default.",
     )
     call_budget: Count = Field(
-        default=DEFAULT_CALL_BUDGET, description="Calls over the session's whole life."
+        default=DEFAULT_CALL_BUDGET, description="Calls over the whole life of the session."
     )
     rate_limit_per_minute: Annotated[Count | None, NotNull] = Field(
         default=None,
         description="Calls per window of rate_limit_window_secs, despite the name. "
-        "Left out: no limit. 0 admits nothing.",
+        "No limit if absent. 0 admits nothing.",
     )
     rate_limit_window_secs: Annotated[
         int,
         Field(ge=1, le=MAX_RATE_LIMIT_WINDOW_SECS, json_schema_extra={"format": "int32"}),
     ] = Field(
-        default=DEFAULT_RATE_LIMIT_WINDOW_SECS, description="Length of a rate window, seconds."
+        default=DEFAULT_RATE_LIMIT_WINDOW_SECS, description="Length of a rate window in seconds."
     )
     data_sensitivity_ceiling: Tier = Field(
-        default=DataSensitivity.INTERNAL, description="Highest tier a call may touch."
+        default=DataSensitivity.INTERNAL, description="The highest tier that a call may touch."
     )
 
     def to_grant(self) -> Grant:
-        """The grant asked for."""
+        """Return the requested grant."""
         return Grant(
             agent_id=self.agent_id,
             declared_intent=self.declared_intent,
@@ -164,18 +165,19 @@ class CreateSession(_Request):
 
     @property
     def requested_time_limit_secs(self) -> int | None:
-        """The time limit if the caller named one."""
+        """The time limit, or `None` if the request has none."""
         return self.time_limit_secs if "time_limit_secs" in self.model_fields_set else None
 
 
 class _Admission(_Request):
     agent_id: Annotated[UuidText | None, NotNull] = Field(
         default=None,
-        description="If sent, must be the session's agent.",
+        description="If present, it must be the session's agent.",
     )
     data_sensitivity: Annotated[Tier | None, NotNull] = Field(
         default=None,
-        description="If sent, the tier of data the calls touch; at most the ceiling.",
+        description="The tier of data that the calls touch. If present, it must be at most "
+        "the session's ceiling.",
     )
 
 
@@ -188,14 +190,14 @@ class RecordCall(_Admission):
 
 
 class RecordBatch(_Admission):
-    """Several tool calls, admitted all or none."""
+    """Several tool calls. Either all are admitted or none."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"tool_names": ["read_file", "fs.list"]}]}
     )
 
     tool_names: list[ToolName] = Field(
-        max_length=MAX_BATCH, description="The tools. An empty batch records nothing."
+        max_length=MAX_BATCH, description="The tools, one per call. An empty batch records nothing."
     )
 
 
@@ -229,7 +231,7 @@ class Session(BaseModel):
         },
     )
 
-    session_id: UuidText = Field(description="A capability: treat it as a secret.")
+    session_id: UuidText = Field(description="A capability. Treat it as a secret.")
     agent_id: UuidText
     declared_intent: str
     delegation_chain_snapshot: list[str]
@@ -238,7 +240,7 @@ class Session(BaseModel):
     call_budget: Count
     rate_limit_per_minute: Annotated[Count | None, NotNull] = Field(
         default=None,
-        description="Absent: no rate limit.",
+        description="Absent if there is no rate limit.",
     )
     rate_limit_window_secs: Count
     data_sensitivity_ceiling: DataSensitivity
@@ -249,21 +251,21 @@ class Session(BaseModel):
     rate_window_start: datetime
     rate_window_calls: Count
     status: SessionStatus
-    is_active: bool = Field(description="Active, with budget left.")
+    is_active: bool = Field(description="Whether it is active with budget left.")
 
 
 class SessionPage(BaseModel):
-    """Some sessions, in the order of their deadline."""
+    """A page of sessions, in the order of their deadlines."""
 
     items: list[Session]
     next_cursor: Annotated[str | None, NotNull] = Field(
         default=None,
-        description="Send it as cursor for the next page. Absent on the last one.",
+        description="The cursor of the next page. Absent on the last page.",
     )
 
 
 class Agent(BaseModel):
-    """What the service knows of an agent."""
+    """An agent and the number of its active sessions."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"agent_id": AGENT_ID_EXAMPLE, "active_sessions": 2}]},
@@ -274,7 +276,7 @@ class Agent(BaseModel):
 
 
 class AgentSessionsClosed(BaseModel):
-    """What the kill switch did."""
+    """The result of the kill switch."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"agent_id": AGENT_ID_EXAMPLE, "closed": 2}]}
@@ -285,7 +287,7 @@ class AgentSessionsClosed(BaseModel):
 
 
 class Health(BaseModel):
-    """The service answers."""
+    """The service is well."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
 

@@ -32,14 +32,14 @@ from app.api.schemas import CreateSession, Session, SessionPage, UuidText
 from app.domain.admission import Denied
 from app.domain.session import SessionStatus
 from app.http.auth import Scope
-from app.http.problems import OVERLOADED
+from app.http.problems import SESSION_LIMIT_REACHED
 from app.http.response import json_response
 from app.http.route import StrictRoute, allow, to_starlette
 from app.store.contract import SessionFilter
 
 router = APIRouter(route_class=StrictRoute)
 
-_CREATION = problem_responses(*WITH_BODY, TOO_MANY_SESSIONS, *ALWAYS, OVERLOADED)
+_CREATION = problem_responses(*WITH_BODY, TOO_MANY_SESSIONS, *ALWAYS, SESSION_LIMIT_REACHED)
 
 
 @router.post(
@@ -60,7 +60,7 @@ async def create_session(
     actor: RequestActor,
     idempotency: Idempotency,
 ) -> Response:
-    """Issue a session for one agent and one task. What it allows cannot be changed later."""
+    """Issue a session for one agent and one task. Its terms cannot be changed later."""
     decision = await service.create_session(
         body.to_grant(),
         actor,
@@ -83,12 +83,12 @@ async def create_session(
 )
 async def list_sessions(
     service: Service,
-    agent_id: Annotated[UuidText | None, Query(description="Only this agent's.")] = None,
-    status: Annotated[SessionStatus | None, Query(description="Only these.")] = None,
+    agent_id: Annotated[UuidText | None, Query(description="Only sessions of this agent.")] = None,
+    status: Annotated[SessionStatus | None, Query(description="Only sessions with this status.")] = None,
     limit: Limit = DEFAULT_PAGE,
-    cursor: Annotated[str | None, Query(description="next_cursor of the page before.")] = None,
+    cursor: Annotated[str | None, Query(description="next_cursor of the previous page.")] = None,
 ) -> Response:
-    """Sessions in the order of their deadline, ended ones included until they are swept."""
+    """List sessions in the order of their deadlines. Ended ones stay until they are swept."""
     page = await service.list_sessions(
         SessionFilter(agent_id, status), limit=limit, cursor=cursor
     )
@@ -105,7 +105,7 @@ async def list_sessions(
     openapi_extra=allow(Scope.PROXY, Scope.OPERATE),
 )
 async def get_session(session_id: SessionId, service: Service) -> Response:
-    """The session as it is now. Reading it changes nothing."""
+    """Return the session as it is now. Reading it changes nothing."""
     session = await service.get_session(session_id)
     if session is None:
         raise session_not_found()
@@ -124,7 +124,7 @@ async def get_session(session_id: SessionId, service: Service) -> Response:
 async def close_session(
     request: Request, session_id: SessionId, service: Service, actor: RequestActor
 ) -> Response:
-    """End a session for good, an expired one too. A second time is a conflict."""
+    """Close a session for good, even an expired one. Closing it twice is a conflict."""
     outcome = await service.close_session(session_id, actor)
     if isinstance(outcome, Denied):
         return to_starlette(denied_response(outcome, request.state.request_id))

@@ -1,14 +1,13 @@
-"""The errors of the service. A denial is a value (see `admission`), not an error: an
-error means that the service could not decide.
+"""Errors: the service could not decide. A denial is a value (`admission`), not an error.
 
     ArbiterError
-    ├── InvalidField        the request breaks a rule of this server's configuration
-    ├── Unusable            what is configured cannot be used; at start only
+    ├── InvalidField        this server does not accept the value of a field
+    ├── Unusable            the configuration cannot be used; raised only at start
     │   ├── StoreUnusable
     │   └── AuditUnusable
-    └── TransientError      trying again may help; nothing was recorded
+    └── TransientError      a retry may succeed
         ├── StoreUnavailable
-        ├── Overloaded
+        ├── SessionLimitReached
         └── ShuttingDown
 
 The docstring of a class is its default message.
@@ -18,54 +17,54 @@ from __future__ import annotations
 
 
 class ArbiterError(Exception):
-    """The service could not decide."""
+    """The service could not decide on the request."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (self.__doc__ or "").strip())
 
 
 class InvalidField(ArbiterError):
-    """A field of the request has a value that this server does not accept."""
+    """This server does not accept the value of a field in the request."""
 
     def __init__(self, location: str, field: str, message: str) -> None:
         super().__init__(message)
         self.location = location
-        """Where the field stands: `body`, `query` or `header`."""
+        """The part of the request with the field: `body`, `query` or `header`."""
         self.field = field
 
 
 class Unusable(ArbiterError):
-    """The service cannot start as it is configured."""
+    """The service cannot start with this configuration."""
 
 
 class StoreUnusable(Unusable):
-    """The session store cannot be used as it is configured."""
+    """The session store cannot be used; check ARBITER_STORE_URL."""
 
 
 class AuditUnusable(Unusable):
-    """The audit log cannot be written where it is configured."""
+    """The audit log cannot be written; check ARBITER_AUDIT_LOG."""
 
 
 class TransientError(ArbiterError):
-    """The service cannot decide just now; nothing was recorded."""
+    """The service cannot decide right now; try again in a moment."""
 
     code = "transient"
-    """As it stands on the wire."""
+    """The problem code on the wire."""
 
 
 class StoreUnavailable(TransientError):
-    """The session store does not answer just now; nothing was recorded."""
+    """The session store is unavailable; retry in a moment, with the same Idempotency-Key."""
 
     code = "store_unavailable"
 
 
-class Overloaded(TransientError):
-    """The service holds as many sessions as it is configured to hold."""
+class SessionLimitReached(TransientError):
+    """The store is full; nothing was created. Retry later, or raise ARBITER_MAX_SESSIONS."""
 
-    code = "overloaded"
+    code = "session_limit_reached"
 
 
 class ShuttingDown(TransientError):
-    """This process is about to stop; ask another one."""
+    """This process is shutting down; send the request to another replica."""
 
     code = "shutting_down"

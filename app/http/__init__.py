@@ -1,1 +1,1 @@
-"""HTTP as this service speaks it; knows nothing about sessions."""
+"""HTTP as this service speaks it. Nothing here knows about sessions."""

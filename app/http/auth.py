@@ -1,8 +1,8 @@
-"""API keys and what they may do.
+"""API keys and their scopes.
 
-A key is `<name>.<secret>`. The secret is 32 random bytes in url-safe base64; only its
-SHA-256 is configured, so that the configuration does not open the door. The secret has
-full entropy, which is why one plain hash is enough.
+A key is `<name>.<secret>`. The secret is 32 random bytes in url-safe base64. Only its SHA-256
+is configured, so a leaked configuration grants no access. One plain hash is enough because the
+secret has full entropy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -19,28 +19,30 @@ from hmac import compare_digest
 from ipaddress import ip_address
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_LOOPBACK_HOST = re.compile(rb"(?i:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{1,5})?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PROVEN = 1024
-"""Headers that are remembered as proven; the scheme and spaces can be written in many ways."""
+"""Maximum number of verified headers to cache. One key can be written in many ways, since the
+case of the scheme and the number of spaces vary."""
 
 Server = tuple[str, int | None] | None
-"""The address of ours that a request came to, as ASGI gives it."""
+"""The local address that received a request: `server` of the ASGI scope."""
 
 
 class Scope(StrEnum):
-    """What a key may do."""
+    """What a key allows."""
 
     ADMIN = "admin"
     """Everything."""
     OPERATE = "operate"
-    """Read, close, agents, metrics."""
+    """Read, list and close sessions; agents; metrics."""
     PROXY = "proxy"
-    """Create, get, call, batch."""
+    """Create and read sessions; calls and batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A configured key."""
+    """A key as it is configured."""
 
     name: str
     scope: Scope
@@ -49,18 +51,18 @@ class ApiKey:
 
     @classmethod
     def parse(cls, text: str) -> ApiKey:
-        """The key that `<name>:<scope>:<sha256 hex>` describes. Raises `ValueError`, whose
-        message does not repeat the text."""
+        """Parse `<name>:<scope>:<sha256 hex>`. Raises `ValueError`, whose message does not
+        repeat the text."""
         try:
             name, scope, digest = text.strip().split(":")
         except ValueError:
-            raise ValueError("an API key is written <name>:<scope>:<sha256 hex>") from None
+            raise ValueError("an API key must be written <name>:<scope>:<sha256 hex>") from None
         if not _NAME.fullmatch(name):
-            raise ValueError("the name of an API key is 1 to 64 of A-Z a-z 0-9 _ -")
+            raise ValueError("the name of an API key must be 1 to 64 of A-Z a-z 0-9 _ -")
         if scope not in list(Scope):
-            raise ValueError(f"the scope of an API key is one of {', '.join(Scope)}")
+            raise ValueError(f"the scope of an API key must be one of {', '.join(Scope)}")
         if not _DIGEST.fullmatch(digest):
-            raise ValueError("an API key ends in 64 lower-case hex digits, a SHA-256")
+            raise ValueError("an API key must end in its SHA-256, 64 lower-case hex digits")
         return cls(name, Scope(scope), digest)
 
     def __str__(self) -> str:
@@ -68,8 +70,8 @@ class ApiKey:
 
 
 def new_key(name: str, scope: Scope) -> tuple[ApiKey, str]:
-    """A new key: what to configure, and the token to send. Raises `ValueError` for a name
-    that a key cannot have."""
+    """Make a key. Return what to configure and the token to send. Raises `ValueError` if the
+    name is invalid."""
     secret = urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
     digest = sha256(secret.encode()).hexdigest()
     return ApiKey.parse(f"{name}:{scope}:{digest}"), f"{name}.{secret}"
@@ -77,13 +79,13 @@ def new_key(name: str, scope: Scope) -> tuple[ApiKey, str]:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request."""
+    """The sender of a request."""
 
     name: str
     scope: Scope
 
     def may(self, allowed: Iterable[Scope]) -> bool:
-        """Whether this caller may use something that is for `allowed`."""
+        """Return whether the caller has one of the `allowed` scopes, or admin."""
         return self.scope is Scope.ADMIN or self.scope in allowed
 
 
@@ -91,14 +93,14 @@ _NOBODY: tuple[bytes, Caller | None] = (bytes(32), None)
 
 
 class Unauthenticated(Exception):
-    """The request does not prove who sent it; the message says what to send."""
+    """The request has no valid API key. The message says what to send."""
 
 
 class Authenticator:
-    """Tells who sent a request.
+    """Identifies the callers of requests.
 
-    Without keys everybody is an admin, but only on loopback addresses, unless
-    `allow_unauthenticated`: a server that is bound elsewhere by mistake stays shut.
+    Without keys every caller is an admin, but only on loopback addresses, so a server that
+    listens elsewhere by mistake is not open. `allow_unauthenticated` lifts that restriction.
     """
 
     def __init__(self, keys: Iterable[ApiKey], *, allow_unauthenticated: bool) -> None:
@@ -115,19 +117,34 @@ class Authenticator:
         """Whether callers must send a key."""
         return bool(self._known)
 
+    def serves(self, hosts: Sequence[bytes], server: Server) -> bool:
+        """Return whether to serve a request with these `Host` headers, received at `server`.
+
+        Without keys, a loopback address serves only the names of loopback. A web page can make
+        a browser on this machine send requests here, but only under the page's own host name
+        (DNS rebinding).
+        """
+        if self._known or self._open_everywhere or not _is_local(server):
+            return True
+        return all(map(_LOOPBACK_HOST.fullmatch, hosts))
+
     def identify(self, authorization: bytes | None, server: Server) -> Caller:
-        """The caller with this `Authorization` header, who reached us at `server`. Raises
-        `Unauthenticated`."""
+        """Return the caller who sent this `Authorization` header to `server`. Pass `None` if
+        there is no header, or more than one. Raises `Unauthenticated`."""
         if not self._known:
             if self._open_everywhere or _is_local(server):
                 return self._anyone
             raise Unauthenticated(
-                "This service has no API keys and answers on loopback addresses only."
+                "This service has no API keys, so it serves loopback addresses only. Set "
+                "ARBITER_API_KEYS."
             )
         if authorization is None:
-            raise Unauthenticated("Send one header: Authorization: Bearer <name>.<secret>")
-        # A header that was proven before. Looking it up compares a keyed 64-bit hash of the
-        # whole first, so that its timing says nothing about how much of a guess is right.
+            raise Unauthenticated(
+                "The request needs an API key. Send exactly one header, "
+                "Authorization: Bearer <name>.<secret>."
+            )
+        # The look-up first compares a keyed 64-bit hash of the whole header, so its timing does
+        # not reveal how much of a guess is right.
         proven_before = self._proven.get(authorization)
         if proven_before is not None:
             return proven_before
@@ -143,12 +160,14 @@ class Authenticator:
         expected, caller = self._known.get(name, _NOBODY)
         proven = compare_digest(sha256(secret).digest(), expected)
         if not proven or caller is None or scheme.lower() != b"bearer":
-            raise Unauthenticated("This API key is not known; send Bearer <name>.<secret>.")
+            raise Unauthenticated(
+                "The API key is not valid. Send Authorization: Bearer <name>.<secret>."
+            )
         return caller
 
 
 def _is_local(server: Server) -> bool:
-    """Whether only this machine can reach us there; a Unix socket has no port."""
+    """Return whether only this machine can reach `server`. A Unix socket has no port."""
     if server is None:
         return False
     host, port = server
@@ -157,7 +176,7 @@ def _is_local(server: Server) -> bool:
 
 @lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
-    """Whether `host`, an address or `localhost`, is reached from this machine only."""
+    """Return whether only this machine can reach `host`, an address or `localhost`."""
     if host == "localhost":
         return True
     try:

@@ -14,10 +14,11 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
 def idempotency_key(values: Iterable[str]) -> str | None:
-    """The key in the `Idempotency-Key` headers: 1 to 255 printable ASCII characters, bare
-    or as an RFC 8941 string (draft-ietf-httpapi-idempotency-key-header-07, section 2).
+    """Return the key in the `Idempotency-Key` headers, or `None` if there are none.
 
-    Both spellings are the same key. Raises `Refused` for anything else.
+    A key is 1 to 255 printable ASCII characters, bare or as an RFC 8941 string
+    (draft-ietf-httpapi-idempotency-key-header-07, section 2). Both forms mean the same key.
+    Raises `Refused` for anything else.
     """
     match list(values):
         case []:
@@ -25,11 +26,13 @@ def idempotency_key(values: Iterable[str]) -> str | None:
         case [value]:
             key = value
         case _:
-            raise _bad_key("must not be given more than once")
+            raise _bad_key("must be sent only once")
     if key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
         if quoted is None:
-            raise _bad_key("starts with a quote but is not a quoted string")
+            raise _bad_key(
+                "is not a valid quoted string; escape inner quotes and close the last one"
+            )
         key = re.sub(r"\\(.)", r"\1", quoted[1])
     if not _PRINTABLE.fullmatch(key):
         raise _bad_key("must be 1 to 255 printable ASCII characters")
@@ -41,8 +44,10 @@ def _bad_key(detail: str) -> Exception:
 
 
 def wants_minimal(values: Iterable[str]) -> bool:
-    """Whether the `Prefer` headers ask for `return=minimal` (RFC 7240, section 4.2). The
-    first `return` counts; preferences we do not know are ignored, as section 2 demands."""
+    """Return whether the `Prefer` headers ask for `return=minimal` (RFC 7240, section 4.2).
+
+    The first `return` counts. Unknown preferences are ignored, as section 2 requires.
+    """
     for preference in ",".join(values).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "return":

@@ -1,6 +1,6 @@
-"""Problems (RFC 9457): how one is rendered, and the codes of HTTP and of the service itself.
+"""Problems (RFC 9457): their rendering, and the codes of HTTP and of the service itself.
 
-The codes that are about sessions are in `app.api.problem_types`.
+The codes about sessions are in `app.api.problem_types`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from app.http.response import Headers, RawResponse
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
 _SHOULD_RETRY = b"x-should-retry"
 _RETRY_AFTER_SECS = 1
-"""What a 503 advises: a transient error may be over by then."""
+"""`Retry-After` of every 503. Transient errors are often over by then."""
 
 
 class ProblemType(NamedTuple):
-    """What all problems with one code have in common."""
+    """The common part of all problems with one code."""
 
     code: str
     status: int
@@ -28,17 +28,17 @@ class ProblemType(NamedTuple):
     detail: str
     """What happened, for a person."""
     remedy: str
-    """What to do about it, for the page that explains the code."""
+    """What to do about it, for the code's page."""
     agent_message: str | None = None
-    """One sentence without limits or names, safe to show to an agent."""
+    """One sentence without limits or tool names, safe to show to an agent."""
 
     @property
     def path(self) -> str:
-        """The page that explains the code: the problem's `type`."""
+        """The path of the page that explains the code: the problem's `type`."""
         return f"/problems/{self.code}"
 
     def explain(self) -> str:
-        """The page that explains the code, as plain text."""
+        """Return the page that explains the code, as plain text."""
         return (
             f"{self.code} (HTTP {self.status})\n{self.title}\n\n"
             f"What happened: {self.detail}\n\nWhat to do: {self.remedy}\n"
@@ -48,96 +48,118 @@ class ProblemType(NamedTuple):
 VALIDATION_FAILED = ProblemType(
     "validation_failed",
     422,
-    "Request not valid",
-    "The request has fields that are missing, unknown or not valid.",
-    'errors[] says where and why. Nothing is coerced: 5 is an integer, 5.0 and "5" are not. '
-    "/openapi.json and /docs describe every field.",
+    "Invalid request",
+    "The request has fields that are missing, unknown or invalid; see errors.",
+    "Correct the fields that errors lists, and send the request again. Nothing is coerced: 5 is "
+    'an integer, but 5.0 and "5" are not. /openapi.json and /docs describe every field.',
 )
 MALFORMED_JSON = ProblemType(
     "malformed_json",
     400,
-    "Body is not JSON",
-    "The body is not one JSON document in UTF-8.",
-    "Send JSON as RFC 8259 defines it: UTF-8 without a byte order mark, no NaN or Infinity, "
-    "and no key twice in one object.",
+    "Malformed JSON",
+    "The body is not a single JSON document in UTF-8.",
+    "Send JSON (RFC 8259) in UTF-8, without a byte order mark, NaN, Infinity, or duplicate keys "
+    "in an object.",
 )
 UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "unsupported_media_type",
     415,
-    "Content type is not JSON",
-    "Send the body as JSON, with the header: Content-Type: application/json",
-    "curl needs -H 'content-type: application/json' with -d.",
+    "Unsupported media type",
+    "The body must be JSON in UTF-8. Send exactly one header, Content-Type: application/json",
+    "With curl -d, add -H 'content-type: application/json'; without it curl declares a form. Do "
+    "not compress the body.",
 )
 PAYLOAD_TOO_LARGE = ProblemType(
     "payload_too_large",
     413,
     "Body too large",
-    "A request body may have at most 65536 bytes.",
-    "Send less: fewer tools, a shorter intent.",
+    "The request is too large: a body may have at most 65536 bytes.",
+    "Send fewer tools or a shorter intent. A chunked body can also be too large because of its "
+    "framing; use fewer, larger chunks then.",
 )
 UNAUTHENTICATED = ProblemType(
     "unauthenticated",
     401,
     "Not authenticated",
-    "Send Authorization: Bearer <name>.<secret>.",
-    "python -m app keys new --name NAME --scope SCOPE makes a key; the line it prints goes "
-    "into ARBITER_API_KEYS.",
+    "The request has no valid API key. Send Authorization: Bearer <name>.<secret>.",
+    "arbiter keys new --name NAME --scope SCOPE makes a key. It prints what to add to "
+    "ARBITER_API_KEYS, and the token to send.",
 )
 INSUFFICIENT_SCOPE = ProblemType(
     "insufficient_scope",
     403,
-    "Not allowed for this key",
-    "The scope of this API key does not cover this request.",
-    "admin may do everything; operate may read, close, see agents and metrics; proxy may "
-    "create, get, call and batch.",
+    "Insufficient scope",
+    "The scope of this API key does not cover this request. Use a key with a scope that the "
+    "WWW-Authenticate header names.",
+    "Use a key with another scope. proxy may create and read sessions and record calls and "
+    "batches. operate may read, list and close sessions, see agents and read metrics. admin may "
+    "do everything.",
+)
+MISDIRECTED_REQUEST = ProblemType(
+    "misdirected_request",
+    421,
+    "Host not served",
+    "Without API keys this service serves only the hosts localhost, 127.0.0.1 and [::1].",
+    "Use one of these hosts in the URL, or set ARBITER_API_KEYS. The check keeps web pages from "
+    "reaching the service under their own host names (DNS rebinding).",
 )
 STORE_UNAVAILABLE = ProblemType(
     "store_unavailable",
     503,
-    "Store not available",
-    "The session store does not answer just now; nothing was recorded.",
-    "Wait Retry-After seconds and repeat the request, with the same Idempotency-Key if it has "
-    "one. If it lasts, look at /readyz and the log.",
-    "The call could not be checked just now; try again in a moment.",
+    "Store unavailable",
+    "The session store did not respond. A call or creation may have been recorded; repeating it "
+    "with the same Idempotency-Key is safe.",
+    "Wait Retry-After seconds and repeat the request with the same Idempotency-Key. If it had "
+    "none, a repeated call may be counted twice; read the session first to see its calls_made. "
+    "If the error persists, check /readyz and the log.",
+    "The call could not be checked right now; try again in a moment.",
+)
+SESSION_LIMIT_REACHED = ProblemType(
+    "session_limit_reached",
+    503,
+    "Session limit reached",
+    "The store is full; nothing was created. Retry later, or raise ARBITER_MAX_SESSIONS.",
+    "Wait until sessions have ended and been removed. If the error persists, raise "
+    "ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter ARBITER_RETENTION_SECS. "
+    "Creations with an Idempotency-Key are remembered for 24 hours, up to the same number.",
+    "No new task can be started right now; try again later.",
 )
 OVERLOADED = ProblemType(
     "overloaded",
     503,
     "Service overloaded",
-    "The service has as many requests or connections as it takes; nothing was recorded.",
-    "Wait Retry-After seconds and repeat the request. If it lasts because there are too many "
-    "sessions, raise ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter retention; "
-    "if because too much is asked at once, add replicas.",
-    "The call could not be checked just now; try again in a moment.",
+    "The service is at its limit of requests or connections; nothing was recorded.",
+    "Wait Retry-After seconds and repeat the request. If the error persists, add replicas.",
+    "The call could not be checked right now; try again in a moment.",
 )
 SHUTTING_DOWN = ProblemType(
     "shutting_down",
     503,
     "Shutting down",
-    "This process is about to stop; ask another one.",
-    "Send the request to another replica, with the same Idempotency-Key if it has one: a "
-    "request that was cut off may have been counted.",
+    "This process is shutting down. A call or creation that it cut off may have been recorded; "
+    "repeating it with the same Idempotency-Key is safe.",
+    "Send the request to another replica, with the same Idempotency-Key. If it had none, a "
+    "repeated call may be counted twice; read the session first to see its calls_made.",
 )
 NOT_FOUND = ProblemType(
     "not_found",
     404,
-    "Nothing here",
-    "This service has nothing at this path.",
-    "Paths are written as in /openapi.json: ids in canonical lower case, no trailing slash, "
-    "nothing percent-encoded.",
+    "Not found",
+    "This service has nothing at this path; /openapi.json lists the paths of its API.",
+    "Write the path as in /openapi.json, without a trailing slash and without percent-encoding.",
 )
 METHOD_NOT_ALLOWED = ProblemType(
     "method_not_allowed",
     405,
     "Method not allowed",
-    "This path does not take this method; the Allow header lists those it takes.",
-    "See /openapi.json or /docs.",
+    "This path does not support the method; the Allow header lists those it supports.",
+    "Use a method from the Allow header. /openapi.json and /docs describe each of them.",
 )
 MALFORMED_REQUEST = ProblemType(
     "malformed_request",
     400,
-    "Not a valid HTTP request",
-    "This is not an HTTP request that can be understood in one way only.",
+    "Malformed HTTP request",
+    "The request is not valid HTTP/1.0 or 1.1, or it could be understood in more than one way.",
     "Send HTTP/1.1 (RFC 9112) with exactly one Host, and a body with either one "
     "Content-Length or Transfer-Encoding: chunked. HTTPS and HTTP/2 need a reverse proxy.",
 )
@@ -145,22 +167,23 @@ HEADERS_TOO_LARGE = ProblemType(
     "headers_too_large",
     431,
     "Headers too large",
-    "A request may have at most 64 header fields, and 16384 bytes before its body.",
-    "Send fewer or shorter headers, or a shorter path.",
+    "The request has more than 64 header fields, or more than 16384 bytes before its body.",
+    "Send fewer or shorter headers, or a shorter URL.",
 )
 REQUEST_TIMEOUT = ProblemType(
     "request_timeout",
     408,
     "Request too slow",
-    "The request did not arrive in time; nothing was recorded.",
+    "The request did not arrive in time; nothing was recorded. Send it again, in one go.",
     "Send the whole request at once. The time limit is ARBITER_REQUEST_TIMEOUT_SECS.",
 )
 INTERNAL_ERROR = ProblemType(
     "internal_error",
     500,
     "Internal error",
-    "Something failed inside the service; the error has been logged.",
-    "Quote the request_id to the operator of this service; it is in the log.",
+    "Something failed inside the service. Report the request_id to its operator.",
+    "Report the request_id to the operator of this service: the log has the error under it. A "
+    "call or creation may have been recorded.",
     "The call could not be checked; stop here.",
 )
 
@@ -171,7 +194,9 @@ SERVICE_PROBLEMS = (
     PAYLOAD_TOO_LARGE,
     UNAUTHENTICATED,
     INSUFFICIENT_SCOPE,
+    MISDIRECTED_REQUEST,
     STORE_UNAVAILABLE,
+    SESSION_LIMIT_REACHED,
     OVERLOADED,
     SHUTTING_DOWN,
     NOT_FOUND,
@@ -183,18 +208,20 @@ SERVICE_PROBLEMS = (
 )
 """Every problem that is not about a session."""
 
-_TRANSIENT = {kind.code: kind for kind in (STORE_UNAVAILABLE, OVERLOADED, SHUTTING_DOWN)}
+_TRANSIENT_TYPES = (STORE_UNAVAILABLE, SESSION_LIMIT_REACHED, SHUTTING_DOWN)
+_TRANSIENT = {kind.code: kind for kind in _TRANSIENT_TYPES}
 _CAN_PASS_LATER = {"retryable": True, "next_action": "wait"}
 
 DO_NOT_RETRY = frozenset({403, 404, 408, 409, 429})
-"""Statuses that client libraries may retry by themselves, and must not unless the problem
-says so."""
+"""Statuses that some client libraries retry on their own, which they must not do unless the
+problem is `retryable`."""
 
 
 class Refused(Exception):
-    """A request that is refused before the service is asked.
+    """The request is refused before it reaches the service.
 
-    `detail` replaces the general one of the problem type; `members` are added to the problem.
+    `detail` replaces that of the problem type. `members` and `headers` are added to the
+    response.
     """
 
     def __init__(
@@ -213,17 +240,17 @@ class Refused(Exception):
 
 
 def invalid_field(location: str, field: str, detail: str) -> Refused:
-    """The refusal of a request with one field that is not valid."""
+    """Return the refusal of a request with one invalid field."""
     return invalid_fields([{"in": location, "field": field, "detail": detail}])
 
 
 def invalid_fields(errors: list[dict[str, str]]) -> Refused:
-    """The refusal of a request with fields that are not valid."""
+    """Return the refusal of a request with invalid fields."""
     return Refused(VALIDATION_FAILED, members={"errors": errors})
 
 
 def refused_response(refused: Refused, request_id: str) -> RawResponse:
-    """The response to a request that was refused before the service was asked."""
+    """Return the response to a refused request."""
     kind, members = refused.kind, refused.members
     if kind is OVERLOADED:
         members = _CAN_PASS_LATER | members
@@ -231,12 +258,13 @@ def refused_response(refused: Refused, request_id: str) -> RawResponse:
 
 
 def error_response(error: ArbiterError, request_id: str) -> RawResponse:
-    """The response when the service could not decide. Raises errors that are defects here."""
+    """Return the response for an error of the service. Raises `error` itself if it has no
+    problem type: it is a defect then."""
     if isinstance(error, InvalidField):
         refused = invalid_field(error.location, error.field, str(error))
         return refused_response(refused, request_id)
     if isinstance(error, TransientError) and (kind := _TRANSIENT.get(error.code)):
-        detail = str(error) if kind is OVERLOADED else None
+        detail = str(error) if kind is SESSION_LIMIT_REACHED else None
         return problem_response(kind, request_id, detail, _CAN_PASS_LATER, [])
     raise error
 
@@ -248,7 +276,8 @@ def problem_response(
     members: dict[str, Any],
     headers: Headers,
 ) -> RawResponse:
-    """A problem with `members` beside those that every problem has."""
+    """Return the response for a problem. `members` are added to those of every problem, and
+    `headers` to those of every problem response."""
     body = {
         "type": kind.path,
         "title": kind.title,

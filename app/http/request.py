@@ -1,7 +1,7 @@
-"""Reading a request in the one way it can be meant: content type, body and query.
+"""Strict reading of requests: content type, content encoding, body and query.
 
-FastAPI's own parsing takes the last of duplicate keys, NaN, other encodings and several
-spellings of one id. Two readers of such a request could understand two different things.
+FastAPI accepts NaN, other encodings and duplicate keys, of which the last one wins. Two parsers
+could understand such a request differently.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ MAX_BODY_BYTES = 65_536
 
 
 class StrictRequest(Request):
-    """A request whose body is read and parsed by our rules."""
+    """A request whose body is parsed strictly."""
 
     async def load_body(self) -> None:
         """Read and parse the body. Raises `Refused`."""
         check_content_type(self.headers.getlist("content-type"))
+        check_content_encoding(self.headers.getlist("content-encoding"))
         self._body = await self._read()
         if not self._body and "upgrade" in self.headers:
             raise _malformed(
-                "The body was not read: send the request without an Upgrade header "
+                "The body could not be read. Send the request without an Upgrade header "
                 "(curl: --http1.1)."
             )
         self._json = parse_json(self._body)
@@ -50,18 +51,19 @@ class StrictRequest(Request):
 
 
 def check_query(request: Request, known: set[str]) -> None:
-    """Raises `Refused` for a query parameter that is unknown or repeated."""
+    """Raise `Refused` if a query parameter is unknown or repeated."""
     names = [name for name, _ in request.query_params.multi_items()]
     if unknown := set(names) - known:
-        takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-        raise invalid_field("query", "", f"{len(unknown)} unknown parameter(s); {takes}")
+        takes = f"takes only {', '.join(sorted(known))}" if known else "takes none"
+        raise invalid_field("query", "", f"has unknown parameters; this route {takes}")
     for name in known:
         if names.count(name) > 1:
-            raise invalid_field("query", name, "must not be given more than once")
+            raise invalid_field("query", name, "must be sent only once")
 
 
 def check_content_type(values: list[str]) -> None:
-    """Raises `Refused` unless exactly one header says JSON, in UTF-8 if it says a charset."""
+    """Raise `Refused` unless there is exactly one `Content-Type`, and it is JSON. Its charset, if
+    any, must be UTF-8."""
     media_type, _, parameters = (values[0] if len(values) == 1 else "").partition(";")
     charset = parameters.strip().lower().replace('"', "")
     if media_type.strip().lower() != "application/json" or charset not in {
@@ -71,17 +73,25 @@ def check_content_type(values: list[str]) -> None:
         raise Refused(UNSUPPORTED_MEDIA_TYPE)
 
 
+def check_content_encoding(values: list[str]) -> None:
+    """Raise `Refused` if the body is compressed or otherwise encoded (RFC 9110, section 8.4)."""
+    if any(value.strip().lower() != "identity" for value in values):
+        raise Refused(
+            UNSUPPORTED_MEDIA_TYPE, "The body is encoded. Send it uncompressed, without Content-Encoding."
+        )
+
+
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text (RFC 8259) in UTF-8 without a byte order mark, in which no
-    object has a key twice (RFC 7493, section 2.3). Raises `Refused`."""
+    """Parse JSON (RFC 8259) in UTF-8. Raises `Refused` if it is malformed, starts with a byte
+    order mark, or has a duplicate key in an object (RFC 7493, section 2.3)."""
     if not body:
         raise _malformed("The body is empty; send a JSON object.")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
-        raise _malformed("The body is not UTF-8.") from None
+        raise _malformed("The body is not UTF-8; encode the JSON as UTF-8.") from None
     if text.startswith("\ufeff"):
-        raise _malformed("The body starts with a byte order mark.")
+        raise _malformed("The body starts with a byte order mark; leave it out.")
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
@@ -90,19 +100,19 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise _malformed("The body is nested too deeply.") from None
     except ValueError:
-        # int() refuses numbers of thousands of digits, whose conversion takes seconds.
+        # int() refuses numbers with thousands of digits, whose conversion would take seconds.
         raise _malformed("A number in the body has too many digits.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise _malformed("An object in the body has a key twice.")
+        raise _malformed("An object in the body has a duplicate key; send each key once.")
     return made
 
 
 def _constant(_: str) -> NoReturn:
-    raise _malformed("NaN and Infinity are not JSON.")
+    raise _malformed("The body has NaN or Infinity, which JSON does not allow.")
 
 
 def _malformed(detail: str) -> Refused:

@@ -1,4 +1,4 @@
-"""A whole HTTP response: status, headers and body bytes."""
+"""HTTP responses as plain values: status, headers and body bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ JSON = (b"content-type", b"application/json")
 
 
 class RawResponse(NamedTuple):
-    """A whole response, except for the headers that the server itself adds."""
+    """A complete response, except for the headers that the server adds."""
 
     status: int
     headers: Headers
@@ -18,6 +18,6 @@ class RawResponse(NamedTuple):
 
 
 def json_response(status: int, body: bytes, headers: Headers) -> RawResponse:
-    """A response with a JSON body."""
+    """Return a response with a JSON body and its length."""
     headers = [JSON, (b"content-length", b"%d" % len(body)), *headers]
     return RawResponse(status, headers, body)

@@ -1,7 +1,7 @@
-"""The route class: what every route demands before its function runs.
+"""The route class: the checks that every request passes before the route's function runs.
 
-A route says in `openapi_extra` who may use it, with `allow(...)` or `PUBLIC`. The same entry is
-its documentation and its lock: a route that says nothing is for admins only.
+A route declares in `openapi_extra` who may use it, with `allow(...)` or `PUBLIC`. That entry
+both documents and enforces the access. A route without it is for admins only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PUBLIC: dict[str, Any] = {"security": []}
 
 
 def allow(*scopes: Scope) -> dict[str, Any]:
-    """The `openapi_extra` of a route for callers with one of `scopes`, or admin."""
+    """Return the `openapi_extra` of a route for callers with one of `scopes`, or admin."""
     return {"security": [{"apiKey": []}], _SCOPES: [Scope.ADMIN.value, *scopes]}
 
 
 class StrictRoute(APIRoute):
-    """A route that checks the caller, the path, the query and the body before FastAPI does."""
+    """A route that checks caller, path, query and body before FastAPI parses the request."""
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -66,8 +66,8 @@ class StrictRoute(APIRoute):
 
 
 def authorize(request: Request, scopes: tuple[Scope, ...]) -> None:
-    """Put the caller into `request.state.caller`. Raises `Refused` for a caller who is unknown
-    or has none of `scopes`."""
+    """Identify the caller and store it in `request.state.caller`. Raises `Refused` if the caller
+    is unknown or has none of `scopes`."""
     authenticator: Authenticator = request.app.state.authenticator
     sent = [value for name, value in request.headers.raw if name == b"authorization"]
     try:
@@ -88,7 +88,7 @@ def authorize(request: Request, scopes: tuple[Scope, ...]) -> None:
 
 
 def to_starlette(response: RawResponse) -> Response:
-    """The response as FastAPI takes it, with exactly its own headers."""
+    """Convert a response for FastAPI, with no headers but its own."""
     converted = Response(status_code=response.status)
     converted.body = response.body
     converted.raw_headers = list(response.headers)

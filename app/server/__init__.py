@@ -1,1 +1,1 @@
-"""What stands between the network and the application: limits, deadlines, stopping."""
+"""Between the network and the application: limits, deadlines, load shedding, draining."""

@@ -1,21 +1,46 @@
-"""Stopping without losing a request: first say so, then go on for a while, then stop."""
+"""Stop without losing a request: report not ready, go on serving for a while, then stop."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+import uvicorn
+from typing_extensions import override
 
 from app.observability.logs import get_logger
 from app.server.gate import Gate
 
 
+class DrainingServer(uvicorn.Server):
+    """A server that answers every connection the system has let in before it stops.
+
+    uvicorn closes the listening socket at once, which resets the connections in its backlog.
+    Here they are accepted first, while the system holds new connections back. Their clients
+    are refused before they have sent anything.
+    """
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for each in sockets or []:
+            each.listen(0)
+        # The event loop accepts one connection a turn.
+        for _ in range(self.config.backlog + 1):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
+
+
 class Drain:
-    """What SIGTERM begins. `/readyz` is 503 at once and every answer ends its connection, so
-    that load balancers and clients go elsewhere; `delay_secs` later, or at a second SIGTERM,
-    the server is told to stop, which finishes what it has begun."""
+    """The way from SIGTERM to the stop.
+
+    `/readyz` is 503 at once and every response closes its connection, so that load balancers
+    and clients go elsewhere. After `delay_secs`, or at a second SIGTERM, the server stops and
+    finishes the requests in flight.
+    """
 
     def __init__(self, gate: Gate, retire: Callable[[], None], delay_secs: float) -> None:
         self._gate = gate
@@ -24,10 +49,10 @@ class Drain:
 
     @contextmanager
     def handle_sigterm(self) -> Iterator[None]:
-        """Stand in front of the server's own handler, if it has one."""
+        """Handle SIGTERM before the server's own handler does, if there is one."""
         stop = signal.getsignal(signal.SIGTERM)
         if not callable(stop):
-            # Nobody serves: a test runs the lifespan alone.
+            # No server: a test runs the lifespan alone.
             yield
             return
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What goes over a connection, and when: reading that can be held, writing that is watched."""
+"""Flow control: reading that can be held, and how much is unread and unsent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 
 class HoldableFlow(FlowControl):
-    """Flow control that others do not resume while it is held: uvicorn's own does so whenever
-    an application asks for its body."""
+    """Flow control that only its holder can resume. uvicorn resumes its own whenever an
+    application asks for the body."""
 
     held = False
 
@@ -23,24 +23,34 @@ class HoldableFlow(FlowControl):
             super().resume_reading()
 
     def hold(self) -> None:
-        """Read no more until released."""
+        """Stop reading until released."""
         self.held = True
         self.pause_reading()
 
     def release(self) -> None:
-        """Read on."""
+        """Resume reading."""
         self.held = False
         self.resume_reading()
 
 
+def unread_bytes(transport: asyncio.Transport) -> int:
+    """Bytes that the client has sent and we have not read; 0 where the system does not say."""
+    connection = transport.get_extra_info("socket")
+    try:
+        queued = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(queued, sys.byteorder)
+
+
 def unsent_bytes(transport: asyncio.Transport) -> int:
-    """What the client has not taken yet: here, and in the system's buffer, which can hold
-    megabytes and asks for more only when a third of them has gone."""
+    """Bytes that the client has not taken yet, in our buffer and in the system's. The system's
+    can hold megabytes, and reports room only when a third of it is free."""
     here = transport.get_write_buffer_size()
     connection = transport.get_extra_info("socket")
     try:
         queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
-        # Not every system tells.
+        # Not every system says.
         return here
     return here + int.from_bytes(queued, sys.byteorder)

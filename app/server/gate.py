@@ -1,5 +1,5 @@
-"""How many may come in, and for how long they may keep a place: shared by the connections of
-one process."""
+"""How many connections and requests a process takes, and how long each may take. One gate is
+shared by all connections of the process."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 
 HEALTH_PATHS = frozenset({b"/livez", b"/readyz", b"/healthz"})
-"""What is answered however much there is to do."""
+"""Served under any load."""
 
 SURPLUS_CONNECTIONS = 64
-"""Connections past the cap that may ask for their health check; a newer one takes the place
-of the oldest."""
+"""Connections over the limit that are let in for a health check; a new one replaces the
+oldest."""
 
 SURPLUS_CLOSINGS = 16
-"""Requests past the bound that may close something: the kill switch must work when a runaway
-agent is what the service is busy with."""
+"""DELETE requests served over the limit: the kill switch must work while a runaway agent keeps
+the service busy."""
 
 OTHER_FILES = 128
-"""File descriptors that are needed for other things than connections."""
+"""File descriptors reserved for everything but connections."""
 
 REAP_EVERY_SECS = 0.5
-PRESSED_KEEP_ALIVE_SECS = 2.0
-"""How long a connection may be idle when most places are taken."""
+CROWDED_KEEP_ALIVE_SECS = 2.0
+"""How long a connection may be idle when three quarters of the connections are in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a process takes upon itself. Durations are in seconds."""
+    """The limits of one process. Durations are in seconds."""
 
     connections: int = 4096
     requests_in_flight: int = 64
@@ -42,23 +42,23 @@ class Limits:
 
 
 class Connection(Protocol):
-    """What the gate knows of a connection."""
+    """A connection as the gate sees it."""
 
     deadline: float
-    """When it is overdue, on the clock of the event loop."""
+    """When `on_deadline` is due, on the event loop's clock."""
 
     def is_idle(self) -> bool:
-        """Whether it has had a request and waits for the next."""
+        """Whether it has answered a request and waits for the next."""
 
     def on_deadline(self) -> None:
-        """Be told that the deadline has passed."""
+        """Called when the deadline has passed."""
 
     def drop(self) -> None:
-        """Make room."""
+        """Close at once, to make room."""
 
 
 class Gate:
-    """Counts connections and requests, and ends the connections that are overdue."""
+    """Counts connections and requests, and watches the deadlines of connections."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Gate:
         self.request_timeout_secs = limits.request_timeout_secs
         self.keep_alive_secs = limits.keep_alive_secs
         self.draining = False
-        """Whether the service is about to stop: every answer then ends its connection."""
+        """Whether the service is stopping: every response then closes its connection."""
         self.max_requests_in_flight = limits.requests_in_flight
         self._max_connections = _room_for(limits.connections)
         self._sleep = sleep
@@ -78,8 +78,8 @@ class Gate:
         self._surplus: dict[Connection, None] = {}
 
     def enter(self, connection: Connection) -> bool:
-        """Note a new connection. False if it is one too many, and good for one health check
-        only."""
+        """Register a new connection. Return False if it is over the limit: it then gets health
+        checks only."""
         self.metrics.connections += 1
         if len(self._connections) < self._max_connections:
             self._connections.add(connection)
@@ -92,21 +92,20 @@ class Gate:
         return False
 
     def leave(self, connection: Connection) -> None:
-        """Forget a connection that is gone."""
+        """Forget a closed connection."""
         self.metrics.connections -= 1
         self._connections.discard(connection)
         self._surplus.pop(connection, None)
 
     def has_capacity(self, method: bytes) -> bool:
-        """Whether a request with this method can be served without making the others wait
-        too long."""
+        """Whether one more request with this method can be served."""
         surplus = SURPLUS_CLOSINGS if method == b"DELETE" else 0
         return self.metrics.requests_in_flight < self.max_requests_in_flight + surplus
 
     def reap(self, now: float) -> None:
-        """End what is overdue at `now`, on the clock of the event loop."""
-        pressed = len(self._connections) > self._max_connections * 3 // 4
-        hurry = max(self.keep_alive_secs - PRESSED_KEEP_ALIVE_SECS, 0) if pressed else 0
+        """Call `on_deadline` where it is due at `now`, on the event loop's clock."""
+        crowded = len(self._connections) > self._max_connections * 3 // 4
+        hurry = max(self.keep_alive_secs - CROWDED_KEEP_ALIVE_SECS, 0) if crowded else 0
         for connection in [*self._connections, *self._surplus]:
             due = connection.deadline
             if hurry and connection.is_idle():
@@ -123,7 +122,7 @@ class Gate:
 
 
 def _room_for(connections: int) -> int:
-    """As many of `connections` as the system lets this process have open."""
+    """The number of connections, at most `connections`, for which the system allows files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + SURPLUS_CONNECTIONS + OTHER_FILES
     if hard != resource.RLIM_INFINITY:

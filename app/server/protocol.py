@@ -34,7 +34,7 @@ from app.http.problems import (
 from app.http.request import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
 from app.server import head
-from app.server.flow import HoldableFlow, unsent_bytes
+from app.server.flow import HoldableFlow, unread_bytes, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import LoadShedResponse, refusal
 
@@ -94,10 +94,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._valid_host = b""
         self._chunked_bytes: int | None = None
         self._skipping = False
-        # Of a message that does not come in one read.
+        self._upgrade_offered = False
+        self._piece = b""
+        # About a message that does not arrive in one read.
         self._timed: HTTPScope | None = None
+        self._earlier = b""
         self._later_bytes = 0
-        self._large_read = False
 
     # What the transport tells.
 
@@ -123,33 +125,59 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        if self._refused is not None:
+        if len(data) > head.MAX_BYTES:
+            # Limits are checked after each piece, so that one large read passes none of them.
+            for start in range(0, len(data), head.MAX_BYTES):
+                self.data_received(data[start : start + head.MAX_BYTES])
             return
-        self._large_read = len(data) > head.MAX_BYTES
+        while data and self._refused is None:
+            data = self._parse(data)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Parse what arrived; return what is left of it."""
+        self._piece = data
         try:
             self.parser.feed_data(data)
             cycle = self.cycle
             if cycle is None or cycle.more_body or cycle.scope is not self.scope:
-                self._on_part(len(data))
-        except httptools.HttpParserUpgrade:
-            # Not offered, so passed over (RFC 9110, section 7.8). What follows cannot be
-            # parsed any more, and the answer ends the connection.
-            self.flow.hold()
+                self._on_incomplete(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._without_upgrade(data[upgrade.args[0] :])
         except (httptools.HttpParserError, _StopParsing):
             if self._refused is None:
                 self._refuse(self._reason or Refused(MALFORMED_REQUEST))
+        return b""
 
-    def _on_part(self, read_bytes: int) -> None:
-        """See to a message that has not come whole yet, if there is one."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """Return what to parse instead of a head that offers an upgrade, and all that follows.
+
+        The parser takes what follows such a head for another protocol. We support no other, so
+        a new parser gets the same head without the offer (RFC 9110, section 7.8).
+        """
+        if not self._upgrade_offered:
+            # CONNECT. What follows cannot be parsed, and the response ends the connection.
+            self.flow.hold()
+            return b""
+        self._upgrade_offered = False
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return head.without_upgrade(method, self.url, version, self.headers) + rest
+
+    def _on_incomplete(self, data: bytes) -> None:
+        """Check a message of which more is to come, if there is one; `data` is the end of what
+        has arrived."""
         if self.scope is None:
             return
         if self.scope is not self._timed:
             self._timed = self.scope
+            self._earlier = b""
             self._later_bytes = 0
             self._set_deadline(self._gate.request_timeout_secs)
         else:
-            self._later_bytes += read_bytes
+            self._later_bytes += len(data)
         if not (self._skipping or self._is_in_body()):
+            self._earlier += data
             self._check_head_size()
         elif self._later_bytes > MAX_MESSAGE_BYTES:
             self._stop(Refused(PAYLOAD_TOO_LARGE))
@@ -193,12 +221,19 @@ class LimitedProtocol(HttpToolsProtocol):
             or not _RARE.isdisjoint(fields)
             or not self.parser.should_keep_alive()
         ):
+            if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+                # It comes again, without the offer.
+                self._upgrade_offered = True
+                return
             self._check_fields(fields)
+        is_late = self._timed is self.scope
+        if is_late or b"#" in self.url or b"RTSP/" in self._piece:
+            self._check_target()
         length = fields.get(b"content-length")
         # The parser has seen to it that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
             self._stop(Refused(PAYLOAD_TOO_LARGE))
-        if self._large_read or self._timed is self.scope:
+        if is_late:
             self._check_head_size()
         if self._in_flight:
             self._check_pipeline()
@@ -223,6 +258,14 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stop(Refused(OVERLOADED))
         self.flow.hold()
 
+    def _check_target(self) -> None:
+        received = self._piece
+        if self._timed is self.scope:
+            received = self._earlier + received
+        refused = head.validate_target(self.url, received)
+        if refused is not None:
+            self._stop(refused)
+
     def _check_fields(self, fields: dict[bytes, bytes]) -> None:
         refused = head.validate(self.headers, self.parser.get_http_version())
         if refused is not None:
@@ -230,8 +273,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._valid_host = fields.get(b"host", b"")
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
-        self.expect_100_continue = fields.get(b"expect", b"").lower() == b"100-continue"
-        is_last = self.parser.should_upgrade() or self.parser.get_http_version() == "1.0"
+        version = self.parser.get_http_version()
+        # HTTP/1.0 knows no 100 (RFC 9110, section 10.1.1).
+        expects = fields.get(b"expect", b"").lower() == b"100-continue"
+        self.expect_100_continue = expects and version != "1.0"
+        is_last = self.parser.should_upgrade() or version == "1.0"
         self._ends = self._ends or is_last
 
     def _check_head_size(self) -> None:
@@ -258,6 +304,8 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def on_message_complete(self) -> None:
         cycle = self.cycle
+        if self._upgrade_offered:
+            return
         if self._skipping:
             self._skipping = False
             self.scope = None
@@ -426,9 +474,14 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def shutdown(self) -> None:
         self._gate.draining = True
-        # What is being received is still answered; its deadline sees to it.
-        if self._in_flight or not self._is_receiving():
+        if self._in_flight:
             super().shutdown()
+        elif not self._is_receiving():
+            if self._answered and not unread_bytes(self.transport):
+                super().shutdown()
+            else:
+                # A client that has just connected, or just asked, still gets its response.
+                self._set_deadline(LINGER_SECS)
 
     def _refuse(self, refused: Refused) -> None:
         """Answer with a problem, after what is being answered, and read no more."""
@@ -436,6 +489,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refused = refused
         self.flow.hold()
         # They may hold a whole read of what is too large.
+        self._piece = self._earlier = b""
         self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
         message = self.cycle
         if self._skipping:

@@ -1,4 +1,4 @@
-"""Whole answers, as bytes, to requests that no application sees."""
+"""Responses, as bytes, to requests that do not reach the application."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from app.http.request_id import REQUEST_ID, choose_request_id
 from app.http.response import Headers
 
 _ID_DIGIT = "~"
-"""Stands for what the request id will be, which has none of it."""
+"""Placeholder for a character of the request id, which cannot contain it."""
 
 
 def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) -> bytes:
-    """The answer that ends a connection. `scope` is that of the request, as far as it came."""
+    """The response that closes a connection. `scope` is that of the request, if its head began
+    to arrive."""
     headers = [] if scope is None else scope["headers"]
     sent = [value for name, value in headers if name == REQUEST_ID]
     request_id = choose_request_id(sent)
@@ -28,15 +29,15 @@ def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) 
 
 
 class LoadShedResponse:
-    """The answer that turns away, ready but for the request id: it is given most when there is
-    least time. It is made anew when the server's headers, of which one is the time, are."""
+    """The 503 of load shedding, complete but for the request id: it is sent most when there is
+    least time. It is encoded again whenever the server's headers change, once a second."""
 
     def __init__(self) -> None:
         self._headers: Headers = []
         self._parts: dict[int, list[bytes]] = {}
 
     def answer(self, fields: Iterable[tuple[bytes, bytes]], server_headers: Headers) -> bytes:
-        """The answer to the request with these header fields."""
+        """The response to the request with these header fields."""
         sent = [value for name, value in fields if name == REQUEST_ID]
         request_id = choose_request_id(sent).encode()
         if server_headers is not self._headers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,3 +194,22 @@ def test_the_document_is_printed_by_a_command(document: dict[str, Any]) -> None:
 
     assert f'"version": "{__version__}"' in printed
     assert '"operationId": "createSession"' in printed
+
+
+@pytest.mark.anyio
+async def test_the_root_leads_to_the_documentation(api: Api) -> None:
+    answer = await api.client.get("/")
+
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+
+
+@pytest.mark.anyio
+async def test_the_documentation_needs_no_internet(api: Api) -> None:
+    page = await api.client.get("/docs")
+
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(sources) >= 3
+    for source in sources:
+        assert source.startswith("/")
+        assert (await api.client.get(source)).status_code == 200
+    assert "://" not in re.sub(r"<!--.*?-->", "", page.text, flags=re.DOTALL)

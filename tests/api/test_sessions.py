@@ -94,7 +94,7 @@ class TestCreate:
         answer = await api.client.post("/sessions", json=session_request())
 
         assert answer.status_code == 503
-        assert answer.json()["code"] == "overloaded"
+        assert answer.json()["code"] == "session_limit_reached"
         assert answer.headers["retry-after"] == "1"
         assert answer.headers["x-should-retry"] == "true"
 
@@ -256,6 +256,16 @@ class TestEnd:
         assert (await api.call(other)).status_code == 200
         again = await api.client.delete(f"/agents/{AGENT}/sessions")
         assert again.json()["closed"] == 0
+
+    async def test_the_kill_switch_takes_an_agent_id_in_any_case(self, api: Api) -> None:
+        session = await api.create(agent_id=AGENT.upper())
+
+        counted = await api.client.get(f"/agents/{AGENT.upper()}")
+        killed = await api.client.delete(f"/agents/{AGENT.upper()}/sessions")
+
+        assert counted.json() == {"agent_id": AGENT, "active_sessions": 1}
+        assert (killed.status_code, killed.json()) == (200, {"agent_id": AGENT, "closed": 1})
+        assert (await api.call(session["session_id"])).status_code == 409
 
     async def test_an_agent_never_seen_has_no_sessions(self, api: Api) -> None:
         answer = await api.client.get(f"/agents/{OTHER_AGENT}")

@@ -1,4 +1,4 @@
-"""Stopping in order, and replacing replicas behind a real load balancer."""
+"""Graceful shutdown, and rolling restarts behind a real load balancer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,8 @@ from tests.support import session_request
 pytestmark = pytest.mark.anyio
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-READY = b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n"
-READ = b"GET /sessions/7c9e6679-7425-40de-944b-e07fc1f90ae7 HTTP/1.1\r\nHost: a\r\n\r\n"
+READY = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+READ = b"GET /sessions/7c9e6679-7425-40de-944b-e07fc1f90ae7 HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def terminate(service: Service) -> None:
@@ -35,7 +36,7 @@ def ready(service: Service) -> int:
     return httpx.get(f"{service.url}/readyz").status_code
 
 
-def test_it_says_that_it_stops_and_goes_on_serving(start_service: StartService) -> None:
+def test_a_stopping_service_is_not_ready_and_still_serves(start_service: StartService) -> None:
     service = start_service(ARBITER_SHUTDOWN_DELAY_SECS="60")
     terminate(service)
     until(lambda: ready(service) == 503)
@@ -47,7 +48,7 @@ def test_it_says_that_it_stops_and_goes_on_serving(start_service: StartService) 
     assert problem.headers["retry-after"] == "1"
     assert httpx.get(f"{service.url}/livez").status_code == 200
     assert served.status_code == 201
-    # Whoever keeps connections goes elsewhere with the next request.
+    # A client with a persistent connection reconnects, to another replica.
     assert served.headers["connection"] == "close"
     assert any('"event": "stopping"' in line for line in service.log)
 
@@ -60,13 +61,54 @@ def test_a_second_signal_stops_it_at_once(start_service: StartService) -> None:
     assert service.stop() == 0
 
 
-def test_it_stops_by_itself_when_the_delay_is_over(start_service: StartService) -> None:
+def test_it_stops_when_the_delay_is_over(start_service: StartService) -> None:
     service = start_service(ARBITER_SHUTDOWN_DELAY_SECS="0.5")
 
     assert service.stop() == 0
 
 
-def test_workers_say_that_they_stop(
+def reconnect_until_refused(service: Service, served: list[int], lost: list[str]) -> None:
+    """Send each request on a new connection, until connections are refused."""
+    while True:
+        try:
+            connection = service.connect()
+        except ConnectionRefusedError:
+            return
+        with connection:
+            try:
+                connection.sendall(READ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                received = received_on(connection)
+            except OSError as error:
+                received = repr(error).encode()
+        if received.startswith(b"HTTP/1.1 404 "):
+            served.append(1)
+        else:
+            lost.append(repr(received))
+
+
+def test_clients_that_reconnect_during_a_stop_lose_no_request(
+    start_service: StartService,
+) -> None:
+    for _ in range(5):
+        service = start_service()
+        served: list[int] = []
+        lost: list[str] = []
+        clients = [
+            threading.Thread(target=reconnect_until_refused, args=(service, served, lost))
+            for _ in range(16)
+        ]
+        for client in clients:
+            client.start()
+        until(lambda served=served: len(served) > 50)
+        terminate(service)
+        for client in clients:
+            client.join(timeout=30)
+
+        assert lost == []
+        assert service.process.wait(timeout=30) == 0
+
+
+def test_stopping_workers_are_not_ready(
     start_service: StartService, server: engines.Server
 ) -> None:
     service = start_service(
@@ -80,7 +122,7 @@ def test_workers_say_that_they_stop(
     assert service.process.wait(timeout=30) == 0
 
 
-def test_what_is_in_flight_is_finished(
+def test_requests_in_flight_are_finished(
     start_service: StartService, server: engines.Server
 ) -> None:
     service = start_service(ARBITER_STORE_URL=server.url + PATIENTLY)
@@ -92,7 +134,7 @@ def test_what_is_in_flight_is_finished(
         terminate(service)
         until(lambda: any('"event": "stopping"' in line for line in service.log))
         server.resume()
-        # It is still waited for, within its own deadline.
+        # The service still waits for this one, up to its deadline.
         half.sendall(READ[20:])
 
         assert received_on(waiting).startswith(b"HTTP/1.1 404 ")
@@ -100,7 +142,7 @@ def test_what_is_in_flight_is_finished(
     assert service.process.wait(timeout=30) == 0
 
 
-def test_what_takes_too_long_is_cut_off(
+def test_requests_past_the_grace_period_are_cut_off(
     start_service: StartService, server: engines.Server
 ) -> None:
     service = start_service(
@@ -123,7 +165,7 @@ def test_what_takes_too_long_is_cut_off(
 
 @contextmanager
 def balancer(folder: Path, port: int, replicas: list[Service]) -> Iterator[str]:
-    """HAProxy with the configuration that is shipped, on other addresses; its address."""
+    """Run HAProxy with the shipped configuration on other addresses; yield its address."""
     assert HAPROXY is not None
     shipped = (ROOT / "deploy/haproxy.cfg").read_text()
     names = ("replica-one:8000", "replica-two:8000")
@@ -170,7 +212,7 @@ async def test_a_rolling_restart_loses_no_request(
                 assert code == 0
                 port = replica.url.rpartition(":")[2]
                 again = await asyncio.to_thread(start_service, ARBITER_PORT=port, **settings)
-                # The balancer has seen it when it sends requests there.
+                # Once it gets requests, the balancer has noticed it.
                 await asyncio.to_thread(until, lambda replica=again: served(replica) > 0)
             finished = True
             await asyncio.gather(*callers)
@@ -189,7 +231,7 @@ def answers(address: str) -> bool:
 
 
 def served(service: Service) -> float:
-    """Calls that this replica has admitted."""
+    """Return the number of calls that this replica has admitted."""
     text = httpx.get(f"{service.url}/metrics").text
     return sum(
         float(line.rpartition(" ")[2])

@@ -1,4 +1,4 @@
-"""The service as a process: starting, racing, stopping, and standing idle."""
+"""The service as a process: starting, racing, stopping and idling."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.anyio
 
 
 def cpu_secs(service: Service) -> float:
-    """Processor time that the process has used."""
+    """Return the CPU time that the process has used."""
     fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_the_first_line_says_what_was_started(start_service: StartService) -> None:
+def test_the_first_log_line_describes_the_service(start_service: StartService) -> None:
     service = start_service()
 
     first = json.loads(service.log[0])
@@ -43,7 +43,7 @@ def test_it_starts_and_stops_cleanly(start_service: StartService) -> None:
     service.process.wait()
 
 
-def test_a_port_that_is_taken_is_one_sentence(start_service: StartService) -> None:
+def test_a_taken_port_is_reported_in_one_sentence(start_service: StartService) -> None:
     service = start_service()
 
     second = subprocess.run(
@@ -84,7 +84,7 @@ async def test_500_racing_calls_on_a_budget_of_50_admit_exactly_50(
 
 
 def test_ended_sessions_are_swept_while_it_runs(start_service: StartService) -> None:
-    service = start_service(ARBITER_CLEANUP_INTERVAL_SECS="0.05", ARBITER_RETENTION_SECS="0")
+    service = start_service(ARBITER_CLEANUP_INTERVAL_SECS="0.1", ARBITER_RETENTION_SECS="0")
     created = httpx.post(f"{service.url}/sessions", json=session_request(time_limit_secs=0))
     path = created.headers["location"]
 
@@ -122,11 +122,39 @@ def test_uvicorn_serves_and_logs_no_session_ids(free_port: int, options: list[st
     assert session_id not in said
 
 
-def test_an_idle_service_uses_no_processor(start_service: StartService) -> None:
+@pytest.mark.parametrize(
+    ("options", "variables"),
+    [
+        (["--lifespan", "off"], {}),
+        (["--lifespan=off"], {}),
+        ([], {"UVICORN_LIFESPAN": "off"}),
+    ],
+)
+def test_uvicorn_without_lifespan_does_not_start(
+    free_port: int, options: list[str], variables: dict[str, str]
+) -> None:
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(free_port)]
+
+    process = subprocess.run(
+        [*command, *options],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        timeout=60,
+        text=True,
+        check=False,
+    )
+
+    assert process.returncode == 2
+    assert "lifespan" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_an_idle_service_uses_no_cpu(start_service: StartService) -> None:
     service = start_service()
     before = cpu_secs(service)
 
-    # Not to let time pass for the service: to have some in which it could use the processor.
+    # Real time has to pass here: the service must have some in which to use the CPU.
     with pytest.raises(subprocess.TimeoutExpired):
         service.process.wait(timeout=2)
 

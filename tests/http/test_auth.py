@@ -130,7 +130,66 @@ class TestWithoutKeys:
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
         assert (await api.client.get(f"http://{host}:8000/livez")).status_code == 200
 
-    @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "localhost",
+            "LocalHost:80",
+            "127.0.0.1",
+            "127.0.0.1:9999",
+            "[::1]",
+            "[::1]:8000",
+        ],
+    )
+    async def test_a_loopback_name_in_host_is_served(self, api: Api, name: str) -> None:
+        answer = await api.client.get("/livez", headers={"host": name})
+
+        assert answer.status_code == 200
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "attacker.example",
+            "attacker.example:8000",
+            "localhost.attacker.example",
+            "127.0.0.1.attacker.example",
+            "127.0.0.2",
+            "localhost:",
+            "localhost:x",
+            "::1",
+            "",
+        ],
+    )
+    async def test_any_other_host_is_refused_on_every_path(self, api: Api, name: str) -> None:
+        # DNS rebinding: a web page reaches loopback under a name of its own.
+        session = await api.create()
+        call = f"/sessions/{session['session_id']}/calls"
+
+        for method, path in (("GET", "/livez"), ("GET", "/docs"), ("POST", call)):
+            answer = await api.client.request(
+                method,
+                path,
+                json={"tool_name": "read_file"} if path == call else None,
+                headers={"host": name},
+            )
+            assert (answer.status_code, answer.json()["code"]) == (421, "misdirected_request")
+        assert await api.calls_made(session["session_id"]) == 0
+
+    async def test_with_keys_any_host_is_served(self, make_api: MakeApi) -> None:
+        api = await make_api(api_keys=KEYS)
+
+        answer = await api.client.get("/livez", headers={"host": "arbiter.example"})
+
+        assert answer.status_code == 200
+
+    async def test_opened_on_purpose_any_host_is_served(self, make_api: MakeApi) -> None:
+        api = await make_api(allow_unauthenticated=True)
+
+        answer = await api.client.get(f"/agents/{AGENT}", headers={"host": "arbiter.example"})
+
+        assert answer.status_code == 200
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
     async def test_on_loopback_no_key_is_needed(self, api: Api, host: str) -> None:
         answer = await api.client.get(f"http://{host}:8000/sessions/{new_id()}")
 

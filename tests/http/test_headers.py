@@ -165,6 +165,14 @@ class TestRequestId:
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] not in (sent, "")
 
+    async def test_several_are_replaced(self, api: Api) -> None:
+        headers = [("x-request-id", "first"), ("x-request-id", "second")]
+
+        answer = await api.client.get("/nothing", headers=headers)
+
+        assert answer.headers["x-request-id"] == answer.json()["request_id"]
+        assert answer.headers["x-request-id"] not in {"first", "second"}
+
     async def test_requests_have_different_ids(self, api: Api) -> None:
         answers = [await api.client.get("/livez") for _ in range(3)]
 
@@ -282,3 +290,54 @@ class TestIdempotencyKey:
         ]
 
         assert made[0].json()["session_id"] != made[1].json()["session_id"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip", "GZIP", ""])
+async def test_a_coded_body_is_refused_and_not_counted(api: Api, coding: str) -> None:
+    session = await api.create()
+    path = f"/sessions/{session['session_id']}/calls"
+
+    answer = await api.client.post(
+        path, json={"tool_name": "read_file"}, headers={"content-encoding": coding}
+    )
+
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    assert "Content-Encoding" in answer.json()["detail"]
+    assert await api.calls_made(session["session_id"]) == 0
+
+
+async def test_the_identity_coding_is_no_coding(api: Api) -> None:
+    session = await api.create()
+    path = f"/sessions/{session['session_id']}/calls"
+
+    answer = await api.client.post(
+        path, json={"tool_name": "read_file"}, headers={"content-encoding": "Identity"}
+    )
+
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/sessions", "/metrics", "/openapi.json", "/docs", "/"]
+)
+async def test_head_answers_as_get_without_a_body(api: Api, path: str) -> None:
+    get, head = await api.client.get(path), await api.client.head(path)
+
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers.keys() == get.headers.keys()
+
+
+async def test_head_of_a_session_answers_as_get(api: Api) -> None:
+    session = await api.create()
+    path = f"/sessions/{session['session_id']}"
+
+    assert (await api.client.head(path)).status_code == 200
+    assert (await api.client.head(f"/sessions/{new_id()}")).status_code == 404
+    wrong = await api.client.head(f"{path}/calls")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+
+
+async def test_allow_lists_head_beside_get(api: Api) -> None:
+    answer = await api.client.put(f"/sessions/{new_id()}")
+
+    assert answer.headers["allow"] == "DELETE, GET, HEAD"

@@ -113,10 +113,19 @@ async def test_an_id_in_a_path_names_something_in_one_spelling_only(
         await api.call(text),
         await api.client.get(f"/sessions/{text}"),
         await api.client.delete(f"/sessions/{text}"),
-        await api.client.get(f"/agents/{text}"),
     ):
         assert answer.status_code == 404
         assert answer.json()["code"] in {"session_not_found", "not_found"}
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("text", ["7c9e6679", f"{AGENT}0", AGENT.replace("-", ""), "x" * 36])
+async def test_an_agent_id_in_a_path_is_a_uuid(api: Api, method: str, text: str) -> None:
+    path = f"/agents/{text}" if method == "GET" else f"/agents/{text}/sessions"
+
+    body = check(await api.client.request(method, path), 422, "validation_failed")
+
+    assert [(each["in"], each["field"]) for each in body["errors"]] == [("path", "agent_id")]
 
 
 async def test_other_spellings_of_a_session_id_are_not_aliases(api: Api) -> None:
@@ -282,12 +291,12 @@ async def test_a_body_of_just_the_limit_is_read(api: Api) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("PUT", "/sessions", "GET, POST"),
-        ("PATCH", f"/sessions/{AGENT}", "DELETE, GET"),
+        ("PUT", "/sessions", "GET, HEAD, POST"),
+        ("PATCH", f"/sessions/{AGENT}", "DELETE, GET, HEAD"),
         ("GET", f"/sessions/{AGENT}/calls", "POST"),
         ("DELETE", "/livez", "GET, HEAD"),
         ("POST", "/openapi.json", "GET, HEAD"),
-        ("OPTIONS", "/sessions", "GET, POST"),
+        ("OPTIONS", "/sessions", "GET, HEAD, POST"),
     ],
 )
 async def test_a_path_names_the_methods_it_takes(
@@ -299,8 +308,6 @@ async def test_a_path_names_the_methods_it_takes(
     assert answer.headers["allow"] == allow
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/session", "/sessions/", "/problems/nope", "//sessions"]
-)
+@pytest.mark.parametrize("path", ["/session", "/sessions/", "/problems/nope", "//sessions"])
 async def test_other_paths_have_nothing(api: Api, path: str) -> None:
     check(await api.client.get(f"http://127.0.0.1:8000{path}"), 404, "not_found")

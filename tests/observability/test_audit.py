@@ -1,4 +1,4 @@
-"""The audit log: what is written, and what happens when it cannot be."""
+"""The audit log: its lines, and what happens when they cannot be written."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Audited:
         return httpx.request(method, self.service.url + path, json=body, headers=headers)
 
     def stop(self) -> list[dict[str, Any]]:
-        """What has been written when the service has stopped."""
+        """Stop the service and return the lines it has written."""
         assert self.service.stop() == 0
         return lines(self.file)
 
 
 @pytest.mark.parametrize("lane", ["true", "false"], ids=["fast", "framework"])
-def test_every_decision_and_every_change_is_a_line(
+def test_every_decision_and_every_change_is_logged(
     start_service: StartService, tmp_path: Path, lane: str
 ) -> None:
     audited = Audited(start_service, tmp_path, ARBITER_FAST_LANE=lane)
@@ -118,7 +118,7 @@ def test_a_dry_run_that_would_be_admitted_changes_no_counter(
     assert dry["before"] == dry["after"] == {"calls_made": 0, "rate_window_calls": 0}
 
 
-def test_a_replay_is_a_line_that_counts_nothing(
+def test_a_replay_is_logged_and_counts_nothing(
     start_service: StartService, tmp_path: Path
 ) -> None:
     audited = Audited(start_service, tmp_path)
@@ -134,7 +134,7 @@ def test_a_replay_is_a_line_that_counts_nothing(
     assert replayed["before"] == replayed["after"]
 
 
-def test_what_the_store_could_not_answer_is_a_line(
+def test_a_call_the_store_could_not_answer_is_logged(
     start_service: StartService, tmp_path: Path, server: engines.Server
 ) -> None:
     audited = Audited(start_service, tmp_path, ARBITER_STORE_URL=server.url)
@@ -150,11 +150,11 @@ def test_what_the_store_could_not_answer_is_a_line(
     assert failed["tools"] == ["read_file"]
 
 
-def test_sweeps_are_lines(start_service: StartService, tmp_path: Path) -> None:
+def test_sweeps_are_logged(start_service: StartService, tmp_path: Path) -> None:
     audited = Audited(
         start_service,
         tmp_path,
-        ARBITER_CLEANUP_INTERVAL_SECS="0.05",
+        ARBITER_CLEANUP_INTERVAL_SECS="0.1",
         ARBITER_RETENTION_SECS="0",
     )
     audited.ask("POST", "/sessions", session_request(time_limit_secs=0))
@@ -165,13 +165,13 @@ def test_sweeps_are_lines(start_service: StartService, tmp_path: Path) -> None:
     assert swept["count"] == 1
 
 
-def test_nobody_else_can_read_the_file(start_service: StartService, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_file(start_service: StartService, tmp_path: Path) -> None:
     audited = Audited(start_service, tmp_path)
 
     assert audited.file.stat().st_mode & 0o777 == 0o600
 
 
-def test_sighup_goes_on_in_a_new_file(start_service: StartService, tmp_path: Path) -> None:
+def test_sighup_continues_in_a_new_file(start_service: StartService, tmp_path: Path) -> None:
     audited = Audited(start_service, tmp_path)
     audited.ask("POST", "/sessions", session_request())
     until(lambda: len(lines(audited.file)) == 2)
@@ -186,9 +186,7 @@ def test_sighup_goes_on_in_a_new_file(start_service: StartService, tmp_path: Pat
     assert [each["event"] for each in written] == ["create", "stop"]
 
 
-def test_sighup_again_and_again_stops_nothing(
-    start_service: StartService, tmp_path: Path
-) -> None:
+def test_many_sighups_in_a_row_do_no_harm(start_service: StartService, tmp_path: Path) -> None:
     audited = Audited(start_service, tmp_path)
     for _ in range(300):
         audited.service.process.send_signal(1)
@@ -197,7 +195,7 @@ def test_sighup_again_and_again_stops_nothing(
     assert [each["event"] for each in audited.stop()] == ["start", "stop"]
 
 
-def test_what_was_cut_off_at_the_stop_is_a_line(
+def test_a_request_cut_off_at_shutdown_is_logged(
     start_service: StartService, tmp_path: Path, server: engines.Server
 ) -> None:
     audited = Audited(
@@ -209,7 +207,8 @@ def test_what_was_cut_off_at_the_stop_is_a_line(
     path = audited.ask("POST", "/sessions", session_request()).headers["location"]
     server.pause()
     with audited.service.connect() as connection:
-        head = f"DELETE {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {audited._ops}\r\n"
+        head = f"DELETE {path} HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Authorization: Bearer {audited._ops}\r\n"
         connection.sendall(head.encode() + b"\r\n")
         until(lambda: httpx.get(f"{audited.service.url}/livez").status_code == 200)
         written = audited.stop()
@@ -254,7 +253,7 @@ def test_stdout_has_the_lines_and_nothing_else(tmp_path: Path) -> None:
         ("", "ARBITER_AUDIT_LOG: give the absolute path of a file, or stdout"),
     ],
 )
-def test_where_it_cannot_be_written_the_service_does_not_start(
+def test_the_service_does_not_start_with_an_unusable_audit_log(
     target: str, reason: str
 ) -> None:
     ended = subprocess.run(
@@ -273,10 +272,10 @@ def test_where_it_cannot_be_written_the_service_does_not_start(
 
 
 @pytest.mark.anyio
-async def test_a_full_disk_loses_no_more_than_it_says(
+async def test_a_full_disk_loses_no_more_lines_than_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full fails as a full disk does; the log goes on when there is room again."""
+    """`/dev/full` fails like a full disk. The log continues once there is room again."""
     monkeypatch.setattr(audit_module, "MAX_WAITING", 100)
     monkeypatch.setattr(audit_module, "RETRY_SECS", 0.01)
     metrics = Metrics()
@@ -288,7 +287,7 @@ async def test_a_full_disk_loses_no_more_than_it_says(
         log.note("create", "admitted", Actor("gate", str(number)))
     assert metrics.audit_dropped == 399
 
-    # What was half written belongs to the file that is full.
+    # Rotate to a disk that has room.
     log._target = str(tmp_path / "audit.log")
     log.reopen()
     until(lambda: Path(log._target).exists() and not log._waiting)
@@ -302,7 +301,7 @@ async def test_a_full_disk_loses_no_more_than_it_says(
 
 
 @pytest.mark.anyio
-async def test_what_cannot_be_written_at_the_stop_is_counted(
+async def test_lines_left_unwritten_at_shutdown_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     metrics = Metrics()
@@ -316,7 +315,7 @@ async def test_what_cannot_be_written_at_the_stop_is_counted(
 
 
 @pytest.mark.anyio
-async def test_a_reader_that_stops_reading_stops_nobody_else(
+async def test_a_stalled_reader_does_not_block_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_module, "CLOSE_WITHIN_SECS", 0.1)
@@ -331,6 +330,6 @@ async def test_a_reader_that_stops_reading_stops_nobody_else(
 
     await log.aclose()
 
-    # A pipe holds 64 KiB; the rest is said to be lost.
+    # A pipe holds 64 KiB; the rest is counted as lost.
     assert 98_000 < metrics.audit_dropped < 100_000
     os.close(reader)

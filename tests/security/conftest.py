@@ -1,4 +1,4 @@
-"""One service that a whole table of attacks is run against."""
+"""One service for a whole table of attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may do what, asked of a running service over a raw connection, on both lanes."""
+"""Keys and scopes, tested on a running service over raw connections, on both lanes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ WRONG = {
     "another scheme": b"Authorization: Basic gate.%s\r\n",
     "a wrong secret": b"Authorization: Bearer gate." + b"A" * 43 + b"\r\n",
     "one character too many": b"Authorization: Bearer gate.%sx\r\n",
-    "another case": b"Authorization: Bearer GATE.%s\r\n",
+    "a name in another case": b"Authorization: Bearer GATE.%s\r\n",
     "an unknown name": b"Authorization: Bearer nobody.%s\r\n",
-    "the secret of another": b"Authorization: Bearer ops.%s\r\n",
+    "the secret of another key": b"Authorization: Bearer ops.%s\r\n",
     "a revoked key": b"Authorization: Bearer " + REVOKED_TOKEN.encode() + b"\r\n",
     "the digest instead": b"Authorization: Bearer gate." + GATE.digest.encode() + b"\r\n",
     "sent twice": b"Authorization: Bearer gate.%s\r\n" * 2,
-    "a wrong one first": b"Authorization: Bearer gate.x\r\nAuthorization: Bearer gate.%s\r\n",
+    "a wrong token first": b"Authorization: Bearer gate.x\r\nAuthorization: Bearer gate.%s\r\n",
     "a list": b"Authorization: Bearer gate.%s, Bearer gate.%s\r\n",
     "bytes above ASCII": b"Authorization: Bearer gate.\xff\xfe\r\n",
     "in a trailer": b"Transfer-Encoding: chunked\r\nTrailer: Authorization\r\n",
     "in another header": b"X-Authorization: Bearer gate.%s\r\n",
     "as a cookie": b"Cookie: authorization=Bearer gate.%s\r\n",
-    "of a proxy": b"Proxy-Authorization: Bearer gate.%s\r\n",
-    "as if from this machine": b"X-Forwarded-For: 127.0.0.1\r\nForwarded: for=127.0.0.1\r\n",
+    "as Proxy-Authorization": b"Proxy-Authorization: Bearer gate.%s\r\n",
+    "a forwarded address": b"X-Forwarded-For: 127.0.0.1\r\nForwarded: for=127.0.0.1\r\n",
 }
 
 ROUTES = {
@@ -60,7 +60,7 @@ ROUTES = {
     "kill": (b"DELETE /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7/sessions", {"operate"}),
     "metrics": (b"GET /metrics", {"operate"}),
 }
-"""Request lines, and the scopes whose keys may send them."""
+"""Request lines, and the scopes that may send them."""
 
 
 @pytest.fixture(scope="module", params=LANES, ids=["fast", "framework"])
@@ -81,7 +81,7 @@ def session_id(guarded: Service) -> str:
 
 
 def send(service: Service, line: bytes, session_id: str, headers: bytes) -> tuple[int, str]:
-    """The status and the code that come back."""
+    """Send a request and return the status and the problem code."""
     body = CALL if line.startswith(b"POST") else b""
     length = b"Content-Length: %d\r\n" % len(body)
     if b"chunked" in headers:
@@ -90,7 +90,8 @@ def send(service: Service, line: bytes, session_id: str, headers: bytes) -> tupl
         body = b"%x\r\n%b\r\n0\r\n%b\r\n\r\n" % (len(CALL), CALL, secret)
     received = service.exchange(
         line.replace(b"%session", b"/sessions/" + session_id.encode()),
-        b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n",
+        b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n",
+        b"Content-Type: application/json\r\n",
         length + headers.replace(b"%s", SECRET.encode()) + b"\r\n" + body,
     )
     status = re.match(rb"HTTP/1\.1 (\d{3}) ", received)
@@ -101,7 +102,7 @@ def send(service: Service, line: bytes, session_id: str, headers: bytes) -> tupl
 
 
 @pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
-def test_what_proves_nothing_is_refused(
+def test_invalid_credentials_are_refused(
     guarded: Service, session_id: str, headers: bytes
 ) -> None:
     for line, _ in ROUTES.values():
@@ -112,7 +113,7 @@ def test_what_proves_nothing_is_refused(
 
 @pytest.mark.parametrize("scope", ["proxy", "operate"])
 @pytest.mark.parametrize(("line", "scopes"), ROUTES.values(), ids=ROUTES)
-def test_a_key_of_another_scope_is_refused(
+def test_a_key_is_held_to_its_scope(
     guarded: Service, session_id: str, line: bytes, scopes: set[str], scope: str
 ) -> None:
     token = {"proxy": GATE_TOKEN, "operate": OPS_TOKEN}[scope]
@@ -126,7 +127,7 @@ def test_a_key_of_another_scope_is_refused(
         assert (status, code) == (403, "insufficient_scope")
 
 
-def test_a_revoked_key_is_refused_from_the_restart_on(start_service: StartService) -> None:
+def test_a_revoked_key_is_refused_after_a_restart(start_service: StartService) -> None:
     both = start_service(ARBITER_API_KEYS=f"{GATE},{OPS}")
     assert as_gate(both, "POST", "/sessions", session_request()).status_code == 201
     both.stop()
@@ -137,7 +138,7 @@ def test_a_revoked_key_is_refused_from_the_restart_on(start_service: StartServic
 
 
 def test_wrong_keys_get_the_same_answer(guarded: Service, session_id: str) -> None:
-    """Whether a name is known cannot be seen from the answer."""
+    """The answer does not reveal whether a name exists."""
     answers = set()
     for token in ("gate.x", "nobody.x", f"nobody.{SECRET}", "gate." + "A" * 43):
         answer = httpx.get(
@@ -151,7 +152,7 @@ def test_wrong_keys_get_the_same_answer(guarded: Service, session_id: str) -> No
 
 
 def lines_run(authenticator: Authenticator, authorization: bytes) -> list[tuple[str, int]]:
-    """Every line of ours that is run to judge a header: what its time consists of."""
+    """Return every line of ours that runs to check a header: they determine its timing."""
     ran: list[tuple[str, int]] = []
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -169,11 +170,11 @@ def lines_run(authenticator: Authenticator, authorization: bytes) -> list[tuple[
     return ran
 
 
-def test_a_guess_takes_the_same_way_however_good_it_is() -> None:
-    """No time is asserted here; what is run is the same, and what compares is constant-time
-    (`test_secrets_are_compared_in_constant_time`)."""
+def test_every_guess_runs_the_same_lines() -> None:
+    """Time is not measured. All guesses run the same lines, and the comparison itself is
+    constant-time (`test_secrets_are_compared_in_constant_time`)."""
     authenticator = Authenticator([GATE, OPS], allow_unauthenticated=False)
-    # The right one is remembered; guesses must not become shorter or longer by that.
+    # The valid token is cached, which must not change what a guess runs.
     authenticator.identify(f"Bearer {GATE_TOKEN}".encode(), None)
 
     ways = [

@@ -1,5 +1,5 @@
-"""The service needs no privileges and writes nowhere but where it is told: what the image and
-the compose file take away is not missed."""
+"""The service needs no privileges and writes only where it is configured to, so it can do
+without what the image and the compose file take away."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ CHANGED = re.compile(
 
 
 @pytest.mark.skipif(STRACE is None, reason="strace is missing: apt-get install strace")
-def test_it_writes_nowhere_but_where_it_is_told(tmp_path: Path) -> None:
-    """Run without any capability, as the compose file does, with everything on that writes."""
+def test_it_writes_only_where_it_is_configured_to(tmp_path: Path) -> None:
+    """It runs without capabilities, as in the compose file, with everything on that writes."""
     data, trace, log = tmp_path / "data", tmp_path / "trace", tmp_path / "log"
     data.mkdir()
-    # Only root has capabilities to lose.
+    # Only root has capabilities to drop.
     shed = [str(SETPRIV), *NO_PRIVILEGES] if SETPRIV and os.geteuid() == 0 else []
     with log.open("w") as stderr:
         watched = [str(STRACE), "-f", "-qq", "-e", "trace=%file", "-o", str(trace)]
@@ -78,14 +78,13 @@ def test_it_writes_nowhere_but_where_it_is_told(tmp_path: Path) -> None:
     assert [each for each in written if not each.startswith((f"{data}/", "/dev/"))] == []
 
 
-def test_the_image_runs_as_nobody_in_particular() -> None:
+def test_the_image_runs_unprivileged() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
     assert re.findall(r"^USER (.*)$", dockerfile, re.MULTILINE) == ["10001:10001"]
     assert dockerfile.index("USER ") < dockerfile.index("CMD [")
     for service in compose["services"].values():
-        # What may be written in spite of `read_only` is named.
         assert service["read_only"] is True
         assert "privileged" not in service
         assert "cap_add" not in service

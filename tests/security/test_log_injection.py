@@ -1,4 +1,4 @@
-"""Nothing that a client sends can forge, break or colour a line of a log."""
+"""Nothing that a client sends can forge, break or colour a log line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = {
 
 
 class Logged:
-    """A service that logs all it can."""
+    """A service that logs everything it can."""
 
     def __init__(self, service: Service, audit: Path, token: str) -> None:
         self.service = service
@@ -46,7 +46,7 @@ class Logged:
         ).status_code
 
     def lines(self) -> list[str]:
-        # Not by splitlines(), which knows more kinds of line ends than a log has.
+        # Not `splitlines`, which splits at more characters than those that end a log line.
         return [*self.service.log, *self._audit.read_text().split("\n")[:-1]]
 
 
@@ -66,7 +66,7 @@ def logged(
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_what_is_sent_cannot_forge_a_line(logged: Logged, text: str) -> None:
+def test_client_input_cannot_forge_a_line(logged: Logged, text: str) -> None:
     logged.ask("POST", "/sessions", session_request(declared_intent=text))
     logged.ask("POST", "/sessions", session_request(agent_id=text))
     logged.ask("POST", "/sessions", session_request(authorized_tools=[text]))
@@ -89,7 +89,7 @@ def test_what_is_sent_cannot_forge_a_line(logged: Logged, text: str) -> None:
 
 
 def test_the_logs_were_written(logged: Logged) -> None:
-    """What the test above looks at is not empty."""
+    """Make sure that the test above does not pass on empty logs."""
     logged.ask("POST", "/sessions", session_request())
 
     assert any("session created" in line for line in logged.lines())

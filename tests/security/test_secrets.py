@@ -1,4 +1,4 @@
-"""Secrets stay where they are: not in logs, errors, answers, `repr` or `config`."""
+"""Secrets appear in no log, error, response, `repr` or `config`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ STORE_URLS = {
     "a cluster": "redis+cluster://user:{}@127.0.0.1:1",
     "sentinels": "redis+sentinel://user:{}@127.0.0.1:1/main",
     "an unknown scheme": "postgres://user:{}@127.0.0.1/",
-    "a port that is none": "redis://user:{}@127.0.0.1:many/0",
+    "an invalid port": "redis://user:{}@127.0.0.1:many/0",
     "a bracket": "redis://user:{}@[127.0.0.1/0",
 }
 
 
 def run(*arguments: str, **variables: str) -> str:
-    """Everything that the command says, before and after it fails."""
+    """Run a command and return everything it prints."""
     ended = subprocess.run(
         [sys.executable, "-m", "app", *arguments],
         cwd=ROOT,
@@ -50,7 +50,7 @@ def run(*arguments: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("url", STORE_URLS.values(), ids=STORE_URLS)
 @pytest.mark.parametrize("command", ["serve", "config", "backup"])
-def test_a_store_url_that_fails_is_not_repeated(url: str, command: str, tmp_path: Path) -> None:
+def test_a_failing_store_url_is_not_echoed(url: str, command: str, tmp_path: Path) -> None:
     arguments = ["backup", str(tmp_path / "copy")] if command == "backup" else [command]
     said = run(*arguments, ARBITER_STORE_URL=url.format(PASSWORD))
 
@@ -71,7 +71,7 @@ def test_a_store_url_that_fails_is_not_repeated(url: str, command: str, tmp_path
     ],
     ids=["secret for digest", "two parts", "secret", "token", "scope", "twice", "too long"],
 )
-def test_keys_that_are_configured_wrongly_are_not_repeated(keys: str) -> None:
+def test_misconfigured_keys_are_not_echoed(keys: str) -> None:
     said = run(ARBITER_API_KEYS=keys)
 
     assert "ARBITER_API_KEYS" in said
@@ -87,7 +87,7 @@ def test_config_prints_no_secret() -> None:
     assert not [secret for secret in SECRETS if secret in said]
 
 
-def test_nothing_that_holds_a_secret_shows_it() -> None:
+def test_no_repr_shows_a_secret() -> None:
     url = f"redis://user:{PASSWORD}@127.0.0.1:1/0"
     settings = Settings(_env_file=None, api_keys=(KEY,), store_url=url)
     holders = [KEY, settings.api_keys, Authenticator([KEY], allow_unauthenticated=False)]
@@ -100,7 +100,7 @@ def test_nothing_that_holds_a_secret_shows_it() -> None:
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_a_running_service_says_no_secret(
+def test_a_running_service_reveals_no_secret(
     start_service: StartService, server: engines.Server, tmp_path: Path, log_format: str
 ) -> None:
     server.client.config_set("requirepass", PASSWORD)
@@ -127,7 +127,7 @@ def test_a_running_service_says_no_secret(
     ask("GET", f"/{SECRET}")
     ask("GET", f"/sessions?cursor={TOKEN}")
     ask("GET", "/metrics")
-    # An outage, whose errors come from the driver.
+    # An outage: its errors come from the driver.
     server.client.config_set("requirepass", "another")
     server.client.client_kill_filter(_type="normal", skipme=True)
     ask("POST", f"/sessions/{session_id}/calls", json={"tool_name": "read_file"})

@@ -1,5 +1,5 @@
-"""Clients that stop in the middle. The service is told to wait for half a second only, and
-what is waited for here is that it ends the connection."""
+"""Clients that stop halfway. The service is configured to wait for half a second, and the tests
+wait until it ends the connection."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.conftest import PATIENTLY
 from tests.services import Service, StartService, received_on, running
 from tests.support import session_request
 
-HEAD = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 QUICK = {"ARBITER_REQUEST_TIMEOUT_SECS": "0.5", "ARBITER_KEEP_ALIVE_SECS": "0.5"}
-ANSWERED = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+ANSWERED = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 HALF_SENT = {
     "nothing": (b"", []),
@@ -34,20 +34,20 @@ HALF_SENT = {
     "chunks without their end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", [408]),
     "a whole request and silence": (ANSWERED, [200]),
     "a whole request and half of another": (ANSWERED + b"GET /", [200, 408]),
-    "half a body for a path that is none": (
-        b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+    "half a body for an unknown path": (
+        b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
         [408],
     ),
-    "half a body that waits to be asked for": (
+    "a head with Expect: 100-continue": (
         HEAD + b"Expect: 100-continue\r\nContent-Length: 99\r\n\r\n",
         [100, 408],
     ),
 }
-"""What is sent, and the statuses that come before the connection ends."""
+"""What is sent, and the statuses received before the connection ends."""
 
 
 def gauge(service: Service, name: str) -> float:
-    """The metric, as it is while one more connection asks for it."""
+    """Return a metric, which includes the connection and request of this scrape."""
     text = httpx.get(f"{service.url}/metrics", timeout=30).text
     found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
     assert found is not None
@@ -69,13 +69,15 @@ def quick() -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(("sent", "statuses"), HALF_SENT.values(), ids=HALF_SENT)
-def test_what_is_half_sent_is_ended(quick: Service, sent: bytes, statuses: list[int]) -> None:
+def test_a_stalled_connection_is_ended(
+    quick: Service, sent: bytes, statuses: list[int]
+) -> None:
     received = quick.exchange(sent)
 
     assert [int(each) for each in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)] == statuses
 
 
-def test_the_answer_to_what_is_half_sent_is_a_problem(quick: Service) -> None:
+def test_a_half_sent_request_gets_a_problem(quick: Service) -> None:
     received = quick.exchange(HEAD + b"X-Request-Id: mine\r\nContent-Length: 99\r\n\r\n{")
 
     head, _, body = received.partition(b"\r\n\r\n")
@@ -85,9 +87,9 @@ def test_the_answer_to_what_is_half_sent_is_a_problem(quick: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", [b"\r\n", b"X: y\r\n"], ids=["empty lines in front", "headers without end"]
+    "piece", [b"\r\n", b"X: y\r\n"], ids=["empty lines", "endless headers"]
 )
-def test_sending_a_little_now_and_then_wins_no_time(quick: Service, piece: bytes) -> None:
+def test_trickling_bytes_does_not_extend_the_deadline(quick: Service, piece: bytes) -> None:
     with quick.connect() as connection:
         connection.sendall(b"" if piece == b"\r\n" else HEAD)
         connection.settimeout(0.05)
@@ -106,16 +108,16 @@ def test_sending_a_little_now_and_then_wins_no_time(quick: Service, piece: bytes
     assert ended
 
 
-def test_a_client_that_does_not_read_is_ended(quick: Service) -> None:
-    """Its answers would fill the memory: here some twenty megabytes of them."""
+def test_a_client_that_does_not_read_is_disconnected(quick: Service) -> None:
+    """Its responses, here about 20 MB, would fill the memory."""
     with quick.connect() as connection:
         connection.settimeout(2)
-        request = b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n"
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with suppress(ConnectionError, TimeoutError):
             for _ in range(100_000):
                 connection.sendall(request * 100)
         connection.settimeout(30)
-        # What had been sent before the end is still there; then it ends.
+        # Responses sent before the end still arrive; then the connection ends.
         received = received_on(connection)
 
     assert received.startswith(b"HTTP/1.1 200 ")
@@ -124,7 +126,7 @@ def test_a_client_that_does_not_read_is_ended(quick: Service) -> None:
 
 @pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"], ids=["keep", "close"])
 def test_a_client_that_reads_slowly_gets_its_answer(quick: Service, ending: bytes) -> None:
-    """Longer than the service waits for anything, but never for nothing."""
+    """It takes longer than any timeout, but never stalls."""
     tools = [f"{'t' * 120}{index:03}" for index in range(256)]
     with httpx.Client(base_url=quick.url) as client:
         for _ in range(100):
@@ -133,10 +135,10 @@ def test_a_client_that_reads_slowly_gets_its_answer(quick: Service, ending: byte
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         connection.connect(quick.address)
         connection.sendall(
-            b"GET /sessions?limit=500 HTTP/1.1\r\nHost: a\r\n" + ending + b"\r\n"
+            b"GET /sessions?limit=500 HTTP/1.1\r\nHost: localhost\r\n" + ending + b"\r\n"
         )
         received = b""
-        # Nothing ever comes to where it waits between two reads.
+        # A socket that never receives anything, to wait on between reads.
         here, there = socket.socketpair()
         with here, there:
             here.settimeout(0.04)
@@ -152,12 +154,9 @@ def test_a_client_that_reads_slowly_gets_its_answer(quick: Service, ending: byte
 
 
 @pytest.mark.parametrize("request_bytes", [ANSWERED, ANSWERED * 3], ids=["one", "three"])
-def test_a_client_that_has_ended_its_side_gets_its_answers(
-    quick: Service, request_bytes: bytes
-) -> None:
-    created = b"POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+def test_a_half_closed_client_gets_its_answers(quick: Service, request_bytes: bytes) -> None:
     body = json.dumps(session_request()).encode()
-    created += b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    created = HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     with quick.connect() as connection:
         connection.sendall(created + request_bytes)
         connection.shutdown(socket.SHUT_WR)
@@ -170,7 +169,7 @@ def test_a_client_that_has_ended_its_side_gets_its_answers(
 @pytest.mark.parametrize(
     ("behind", "status"), [(b"what\r\n\r\n", b"400"), (b"GET /li", b"408")]
 )
-def test_an_answer_that_takes_long_is_not_lost_for_what_is_behind_it(
+def test_a_slow_answer_is_not_lost_to_a_bad_request_behind_it(
     start_service: StartService, server: engines.Server, behind: bytes, status: bytes
 ) -> None:
     service = start_service(ARBITER_STORE_URL=server.url + PATIENTLY, **QUICK)
@@ -188,7 +187,7 @@ def test_an_answer_that_takes_long_is_not_lost_for_what_is_behind_it(
 
 
 @pytest.mark.anyio
-async def test_500_idle_connections_are_not_noticed_and_then_ended(
+async def test_500_idle_connections_do_no_harm_and_are_ended(
     start_service: StartService,
 ) -> None:
     service = start_service(ARBITER_KEEP_ALIVE_SECS="2", ARBITER_REQUEST_TIMEOUT_SECS="2")
@@ -201,7 +200,7 @@ async def test_500_idle_connections_are_not_noticed_and_then_ended(
         assert {answer.status_code for answer in answers} == {200}
         assert gauge(service, "arbiter_http_connections") > 500
 
-        # Nothing is closed from this side.
+        # The client closes nothing.
         while gauge(service, "arbiter_http_connections") > 1:
             pass
 
@@ -215,7 +214,7 @@ def capped(start_service: StartService) -> Service:
 
 
 @pytest.mark.parametrize("held", [CAP, CAP + 200], ids=["full", "flooded"])
-def test_when_all_places_are_taken_health_is_still_answered(capped: Service, held: int) -> None:
+def test_health_is_still_answered_at_the_connection_limit(capped: Service, held: int) -> None:
     with connections(capped, held):
         for path in ("/livez", "/readyz", "/healthz"):
             assert httpx.get(f"{capped.url}{path}").status_code == 200
@@ -229,7 +228,7 @@ def test_when_all_places_are_taken_health_is_still_answered(capped: Service, hel
     assert refused.headers["connection"] == "close"
 
 
-def test_places_are_given_back(capped: Service) -> None:
+def test_closed_connections_make_room(capped: Service) -> None:
     with connections(capped, CAP + 5):
         assert httpx.get(f"{capped.url}/sessions").status_code == 503
 
@@ -237,7 +236,7 @@ def test_places_are_given_back(capped: Service) -> None:
     assert 200 in statuses
 
 
-def test_idle_connections_make_room_when_most_places_are_taken(
+def test_idle_connections_make_room_near_the_limit(
     start_service: StartService,
 ) -> None:
     service = start_service(ARBITER_MAX_CONNECTIONS=str(CAP))
@@ -246,17 +245,17 @@ def test_idle_connections_make_room_when_most_places_are_taken(
         for connection in idle:
             connection.sendall(ANSWERED)
 
-        # Ended after two seconds, not after the 75 that idle connections have otherwise.
+        # Ended after 2 s, not after the usual 75 s.
         assert received_on(idle[0]).startswith(b"HTTP/1.1 200 ")
 
 
-def test_more_connections_than_files_is_said_at_the_start(start_service: StartService) -> None:
+def test_a_connection_limit_above_the_file_limit_is_logged(start_service: StartService) -> None:
     service = start_service(ARBITER_MAX_CONNECTIONS="10000000")
 
     assert any("fewer open files" in line for line in service.log)
 
 
-def test_a_connection_that_is_reset_leaves_nothing_behind(quick: Service) -> None:
+def test_a_reset_connection_leaves_nothing_behind(quick: Service) -> None:
     for sent in (b"", HEAD, HEAD + b"Content-Length: 99\r\n\r\n{", ANSWERED):
         connection = quick.connect()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -1,5 +1,5 @@
-"""Requests that two servers in a row could understand in two ways. Each hides a call; what
-counts is how many calls the session has made afterwards."""
+"""Requests that two servers in a row could parse differently. Each hides a call, and the
+session's `calls_made` shows whether it was made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.services import Service
 
 BODY = b'{"tool_name":"read_file"}'
 JSON = b"Content-Type: application/json\r\n"
-HOST = b"Host: a\r\n"
+HOST = b"Host: localhost\r\n"
 CLOSE = b"Connection: close\r\n"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -57,7 +57,7 @@ REFUSED = {
     "bare LF everywhere": GOOD.replace(b"\r\n", b"\n"),
     "bare LF after the request line": GOOD.replace(b"\r\n", b"\n", 1),
     "bare LF between headers": post(b"Host: a\n" + JSON + LENGTH),
-    "bare CR between headers": post(b"Host: a\rX: b\r\n" + JSON + LENGTH),
+    "bare CR between headers": post(b"Host: localhost\rX: b\r\n" + JSON + LENGTH),
     "bare LF at the end of the head": b"%POST HTTP/1.1\r\n"
     + HOST
     + JSON
@@ -83,15 +83,19 @@ REFUSED = {
     "bytes above ASCII in the path": GOOD.replace(b" HTTP", b"\xc3\xa9 HTTP", 1),
     "HTTP/0.9": b"%POST\r\n" + HOST + JSON + LENGTH + b"\r\n" + BODY,
     "HTTP/1.2": GOOD.replace(b"/1.1", b"/1.2", 1),
+    "RTSP": GOOD.replace(b"HTTP/1.1", b"RTSP/1.0", 1),
+    "RTSP behind two spaces": GOOD.replace(b" HTTP/1.1", b"  RTSP/1.0", 1),
+    "a fragment in the target": GOOD.replace(b" HTTP", b"#part HTTP", 1),
+    "an empty fragment in the target": GOOD.replace(b" HTTP", b"# HTTP", 1),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "TLS": bytes.fromhex("16030100c8010000c40303"),
     "a method in lower case": GOOD.replace(b"POST", b"post", 1),
-    "a method nobody knows": GOOD.replace(b"POST", b"SPEND", 1),
+    "an unknown method": GOOD.replace(b"POST", b"SPEND", 1),
     "a tab behind the method": GOOD.replace(b"POST ", b"POST\t", 1),
     "CONNECT": b"CONNECT a:80 HTTP/1.1\r\n" + HOST + b"\r\n" + GOOD,
-    "a length and no digits": post(HOST + JSON + b"Content-Length: abc\r\n"),
+    "a length without digits": post(HOST + JSON + b"Content-Length: abc\r\n"),
 }
-"""400 and the end of the connection, and nothing behind it is read."""
+"""Each gets 400 and ends the connection; nothing behind it is read."""
 
 REFUSED_IN_THE_BODY = {
     "a chunk with a bare LF": b"19\n%b\r\n0\r\n\r\n" % BODY,
@@ -100,7 +104,7 @@ REFUSED_IN_THE_BODY = {
     "a chunk size with 0x": b"0x19\r\n%b\r\n0\r\n\r\n" % BODY,
     "a chunk size past 64 bits": b"ffffffffffffffff19\r\n%b\r\n0\r\n\r\n" % BODY,
     "a chunk longer than its size": b"10\r\n%b\r\n0\r\n\r\n" % BODY,
-    "a chunk size of nothing": b"\r\n%b\r\n0\r\n\r\n" % BODY,
+    "an empty chunk size": b"\r\n%b\r\n0\r\n\r\n" % BODY,
     "space in front of a chunk size": b" 19\r\n%b\r\n0\r\n\r\n" % BODY,
 }
 
@@ -112,17 +116,21 @@ ONE_CALL = {
     ),
     "TE in capitals": post(HOST + CLOSE + JSON + b"TRANSFER-ENCODING: CHUNKED\r\n", IN_CHUNKS),
     "a call behind Connection: close": GOOD + GOOD,
-    "a whole target": GOOD.replace(b"POST /", b"POST http://a/", 1),
+    "a target in absolute form": GOOD.replace(b"POST /", b"POST http://a/", 1),
     "CRLF in front": b"\r\n\r\n" + GOOD,
     "HTTP/1.0 without a Host": post(JSON + LENGTH, version=b"1.0"),
 }
-"""Understood, as one call; what is behind it is not."""
+"""Each is parsed as one call; nothing behind it is read."""
+
+
+def addressed(request: bytes, session_id: str) -> bytes:
+    """Return the request with the path of a session's calls."""
+    return request.replace(b"%POST", b"POST /sessions/%b/calls" % session_id.encode())
 
 
 def answers_to(service: Service, session_id: str, attack: bytes) -> list[int]:
-    """The statuses that come back on one connection until the service ends it."""
-    request = attack.replace(b"%POST", b"POST /sessions/%b/calls" % session_id.encode())
-    received = service.exchange(request)
+    """Send an attack and return the statuses received until the connection ends."""
+    received = service.exchange(addressed(attack, session_id))
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
 
@@ -131,8 +139,10 @@ def calls_made(service: Service, session_id: str) -> int:
 
 
 @pytest.mark.parametrize("attack", REFUSED.values(), ids=REFUSED)
-def test_what_is_ambiguous_is_refused(service: Service, session_id: str, attack: bytes) -> None:
-    # A good call behind it, which must not be reached.
+def test_ambiguous_requests_are_refused(
+    service: Service, session_id: str, attack: bytes
+) -> None:
+    # The good call behind it must not be reached.
     assert answers_to(service, session_id, attack + GOOD) == [400]
 
     assert calls_made(service, session_id) == 0
@@ -148,7 +158,7 @@ def test_ambiguous_chunks_are_refused(service: Service, session_id: str, body: b
 
 
 @pytest.mark.parametrize("request_bytes", ONE_CALL.values(), ids=ONE_CALL)
-def test_what_is_clear_is_one_call(
+def test_unambiguous_requests_are_one_call(
     service: Service, session_id: str, request_bytes: bytes
 ) -> None:
     assert answers_to(service, session_id, request_bytes) == [200]
@@ -180,7 +190,7 @@ def test_an_answer_comes_before_the_refusal_behind_it(
 
 
 def test_trailers_are_not_headers(service: Service, session_id: str) -> None:
-    # A length of zero ends the body; what follows would be its trailers.
+    # A chunk of size zero ends the body; the fields that follow are trailers.
     body = IN_CHUNKS.removesuffix(b"\r\n") + b"Idempotency-Key: k\r\n\r\n"
     attack = post(HOST + CLOSE + JSON + CHUNKED, body)
 
@@ -190,11 +200,73 @@ def test_trailers_are_not_headers(service: Service, session_id: str) -> None:
     assert calls_made(service, session_id) == 2
 
 
-def test_an_upgrade_is_passed_over_and_ends_the_connection(
-    service: Service, session_id: str
-) -> None:
-    upgrade = b"GET /livez HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+"""What the JDK's HTTP client and `curl --http2` send without TLS."""
 
-    assert answers_to(service, session_id, upgrade + GOOD) == [200]
+UPGRADES = {
+    "h2c": post(HOST + JSON + LENGTH + OFFER),
+    "h2c before the length": post(HOST + OFFER + JSON + LENGTH),
+    "h2c in chunks": post(HOST + JSON + CHUNKED + OFFER, IN_CHUNKS),
+    "websocket": post(HOST + JSON + LENGTH + b"Connection: upgrade\r\nUpgrade: websocket\r\n"),
+    "upgrade and keep-alive": post(
+        HOST + JSON + LENGTH + b"Connection: keep-alive, Upgrade\r\nUpgrade: h2c\r\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
+def test_an_offered_upgrade_is_ignored(
+    service: Service, session_id: str, upgrade: bytes
+) -> None:
+    assert answers_to(service, session_id, upgrade + upgrade + GOOD) == [200, 200, 200]
+
+    assert calls_made(service, session_id) == 3
+
+
+def test_an_offered_upgrade_is_ignored_byte_by_byte(service: Service, session_id: str) -> None:
+    request = UPGRADES["h2c"].replace(
+        b"%POST", b"POST /sessions/%b/calls" % session_id.encode()
+    )
+    last = b"GET /livez HTTP/1.1\r\n" + HOST + CLOSE + b"\r\n"
+
+    received = service.exchange(*(bytes([byte]) for byte in request), last)
+
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", received) == [b"200", b"200"]
+    assert calls_made(service, session_id) == 1
+
+
+def test_an_upgrade_hides_no_ambiguity(service: Service, session_id: str) -> None:
+    attack = post(HOST + JSON + LENGTH + CHUNKED + OFFER, IN_CHUNKS)
+
+    assert answers_to(service, session_id, attack + GOOD) == [400]
 
     assert calls_made(service, session_id) == 0
+
+
+def test_rtsp_is_refused_byte_by_byte(service: Service, session_id: str) -> None:
+    request = REFUSED["RTSP"].replace(
+        b"%POST", b"POST /sessions/%b/calls" % session_id.encode()
+    )
+
+    received = service.exchange(*(bytes([byte]) for byte in request))
+
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert calls_made(service, session_id) == 0
+
+
+def test_a_body_may_mention_rtsp(service: Service) -> None:
+    body = b"{} RTSP/1.0"
+
+    received = service.exchange(
+        b"POST /sessions HTTP/1.1\r\n%bContent-Length: %d\r\n%b%b\r\n%b"
+        % (HOST, len(body), JSON, CLOSE, body)
+    )
+
+    assert b'"code":"malformed_json"' in received
+
+
+def test_http_1_0_gets_no_100_continue(service: Service, session_id: str) -> None:
+    # RFC 9110, section 10.1.1.
+    expecting = post(HOST + JSON + LENGTH + b"Expect: 100-continue\r\n", version=b"1.0")
+
+    assert answers_to(service, session_id, expecting) == [200]

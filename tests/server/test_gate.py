@@ -1,4 +1,4 @@
-"""Who gets a place, and who has to give one up."""
+"""The gate: which connections and requests it accepts, and which have to make room."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from app.server.gate import SURPLUS_CLOSINGS, SURPLUS_CONNECTIONS, Gate, Limits
 
 
 class FakeConnection:
-    """What the gate knows of a connection."""
+    """A connection as the gate sees it."""
 
     def __init__(self, deadline: float = 10.0, *, idle: bool = False) -> None:
         self.deadline = deadline
@@ -31,7 +31,7 @@ def gate_of(connections: int = 4, in_flight: int = 2) -> Gate:
     return Gate(Metrics(), limits)
 
 
-def test_past_the_cap_the_oldest_makes_room() -> None:
+def test_over_the_limit_the_oldest_makes_room() -> None:
     gate = gate_of()
     assert all(gate.enter(FakeConnection()) for _ in range(4))
     surplus = [FakeConnection() for _ in range(SURPLUS_CONNECTIONS + 2)]
@@ -41,7 +41,7 @@ def test_past_the_cap_the_oldest_makes_room() -> None:
     assert [each.told for each in surplus[:3]] == [["drop"], ["drop"], []]
 
 
-def test_who_leaves_gives_a_place_back_once() -> None:
+def test_leaving_makes_room_once() -> None:
     gate = gate_of(connections=1)
     first, second = FakeConnection(), FakeConnection()
     gate.enter(first)
@@ -63,14 +63,14 @@ def test_who_leaves_gives_a_place_back_once() -> None:
         (2 + SURPLUS_CLOSINGS, b"DELETE", False),
     ],
 )
-def test_closing_has_places_of_its_own(in_flight: int, method: bytes, expected: bool) -> None:
+def test_closing_has_reserved_capacity(in_flight: int, method: bytes, expected: bool) -> None:
     gate = gate_of()
     gate.metrics.requests_in_flight = in_flight
 
     assert gate.has_capacity(method) is expected
 
 
-def test_who_is_overdue_is_told_so_at_the_deadline() -> None:
+def test_overdue_connections_are_notified_at_the_deadline() -> None:
     gate = gate_of()
     due, later, surplus = FakeConnection(5.0), FakeConnection(5.1), FakeConnection(4.0)
     for each in (due, later, FakeConnection(9), FakeConnection(9), surplus):
@@ -82,11 +82,9 @@ def test_who_is_overdue_is_told_so_at_the_deadline() -> None:
 
 
 @pytest.mark.parametrize(("held", "told"), [(4, ["on_deadline"]), (3, [])])
-def test_idle_ones_have_less_patience_when_most_places_are_taken(
-    held: int, told: list[str]
-) -> None:
+def test_idle_connections_end_sooner_near_the_limit(held: int, told: list[str]) -> None:
     gate = gate_of(connections=4)
-    # Idle since 0, with 75 seconds to be so.
+    # Idle since 0, with a keep-alive of 75 seconds.
     idle, busy = FakeConnection(75.0, idle=True), FakeConnection(10.0)
     for each in (idle, busy, *(FakeConnection() for _ in range(held - 2))):
         gate.enter(each)

@@ -1,7 +1,7 @@
-"""What `app.server.protocol` and `app.http.direct_send` lean on in uvicorn, held to the letter.
+"""The internals of uvicorn that `app.server.protocol` and `app.http.direct_send` rely on.
 
-When this fails uvicorn has changed there: read what did, see whether the subclass still does
-what it should, and put the new digest here.
+A failure means that uvicorn has changed one of them: read the change, check that our code still
+does what it should, and put the new digest here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEANT_ON = {
 @pytest.mark.parametrize(
     ("part", "digest"), LEANT_ON.items(), ids=lambda part: getattr(part, "__qualname__", "")
 )
-def test_uvicorn_is_the_one_that_was_looked_at(part: object, digest: str) -> None:
+def test_uvicorn_is_the_reviewed_one(part: object, digest: str) -> None:
     source = inspect.getsource(part)  # type: ignore[arg-type]
 
     assert sha256(source.encode()).hexdigest()[:16] == digest

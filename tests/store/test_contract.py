@@ -1,4 +1,4 @@
-"""What every store promises (`app/store/contract.py`), over every store."""
+"""The contract tests: what `app/store/contract.py` promises, over every store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from app.domain.admission import Admitted, Denied
 from app.domain.admission import DenialCode as Code
-from app.domain.errors import Overloaded
+from app.domain.errors import SessionLimitReached
 from app.domain.session import Session, SessionStatus
 from app.store.contract import IdempotencyKey, InvalidCursor, SessionFilter, SessionStore
 from tests.conftest import MakeStore
@@ -35,7 +35,7 @@ async def admit(store: SessionStore, session: Session, *tools: str, **more: Any)
     return decision.session
 
 
-async def refuse(store: SessionStore, session: Session, *tools: str, **more: Any) -> Denied:
+async def deny(store: SessionStore, session: Session, *tools: str, **more: Any) -> Denied:
     decision = await store.record(session.session_id, a_batch(*tools or ("read_file",)), **more)
     assert isinstance(decision, Denied), decision
     return decision
@@ -61,7 +61,7 @@ async def listed(store: SessionStore, which: SessionFilter = EVERYTHING) -> list
 
 
 class TestOneSession:
-    async def test_create_and_use_session(self, store: SessionStore) -> None:
+    async def test_a_new_session_admits_and_counts_a_call(self, store: SessionStore) -> None:
         session = await opened(store)
         assert (session.calls_made, session.is_active) == (0, True)
 
@@ -71,26 +71,26 @@ class TestOneSession:
         assert decision.session.calls_made == 1
         assert await current(store, session) == decision.session
 
-    async def test_the_budget_ends_with_its_last_call(self, store: SessionStore) -> None:
+    async def test_a_spent_budget_denies_the_next_call(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(call_budget=2))
         await admit(store, session)
         await admit(store, session)
 
-        assert (await refuse(store, session)).code is Code.BUDGET_EXCEEDED
+        assert (await deny(store, session)).code is Code.BUDGET_EXCEEDED
 
-    async def test_a_tool_off_the_allow_list_is_refused(self, store: SessionStore) -> None:
+    async def test_a_tool_off_the_allow_list_is_denied(self, store: SessionStore) -> None:
         session = await opened(store)
         await admit(store, session)
 
-        assert (await refuse(store, session, "delete_file")).code is Code.TOOL_NOT_AUTHORIZED
+        assert (await deny(store, session, "delete_file")).code is Code.TOOL_NOT_AUTHORIZED
 
-    async def test_a_session_without_time_is_expired_at_once(self, store: SessionStore) -> None:
+    async def test_a_session_with_no_time_is_expired_at_once(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(time_limit_secs=0))
 
-        assert (await refuse(store, session)).code is Code.SESSION_EXPIRED
+        assert (await deny(store, session)).code is Code.SESSION_EXPIRED
         assert (await current(store, session)).status is SessionStatus.EXPIRED
 
-    async def test_expiry_follows_the_clock_untouched(
+    async def test_a_session_expires_without_being_touched(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
         session = await opened(store, a_grant(time_limit_secs=10))
@@ -99,16 +99,16 @@ class TestOneSession:
 
         assert (await current(store, session)).status is SessionStatus.EXPIRED
 
-    async def test_a_closed_session_cannot_be_used_again(self, store: SessionStore) -> None:
+    async def test_a_closed_session_cannot_be_used(self, store: SessionStore) -> None:
         session = await opened(store)
 
         closed = await store.close(session.session_id)
 
         assert isinstance(closed, Session)
         assert closed.status is SessionStatus.CLOSED
-        assert (await refuse(store, session)).code is Code.SESSION_CLOSED
+        assert (await deny(store, session)).code is Code.SESSION_CLOSED
 
-    async def test_a_session_closes_once(self, store: SessionStore) -> None:
+    async def test_a_session_can_be_closed_only_once(self, store: SessionStore) -> None:
         session = await opened(store)
         await store.close(session.session_id)
 
@@ -138,10 +138,10 @@ class TestOneSession:
         assert closed.code is Code.SESSION_NOT_FOUND
         assert await store.get(new_id()) is None
 
-    async def test_a_zero_budget_refuses_the_first_call(self, store: SessionStore) -> None:
+    async def test_a_budget_of_zero_denies_the_first_call(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(call_budget=0))
 
-        assert (await refuse(store, session)).code is Code.BUDGET_EXCEEDED
+        assert (await deny(store, session)).code is Code.BUDGET_EXCEEDED
 
     async def test_the_rate_limit_holds_within_a_window(
         self, store: SessionStore, clock: ManualClock
@@ -150,7 +150,7 @@ class TestOneSession:
         for _ in range(3):
             await admit(store, session)
 
-        assert (await refuse(store, session)).code is Code.RATE_LIMITED
+        assert (await deny(store, session)).code is Code.RATE_LIMITED
         clock.advance(60)
         assert (await admit(store, session)).rate_window_calls == 1
 
@@ -160,7 +160,7 @@ class TestOneSession:
         for made in range(10):
             assert (await admit(store, session)).calls_made == made + 1
 
-    async def test_what_is_handed_out_is_a_snapshot(self, store: SessionStore) -> None:
+    async def test_returned_sessions_are_snapshots(self, store: SessionStore) -> None:
         session = await opened(store)
         first = await admit(store, session)
 
@@ -178,12 +178,12 @@ class TestBatch:
             ({"rate_limit_per_minute": 3}, ["read_file"] * 4, Code.RATE_LIMITED),
         ],
     )
-    async def test_a_refused_batch_costs_nothing(
+    async def test_a_denied_batch_costs_nothing(
         self, store: SessionStore, terms: dict[str, Any], tools: list[str], code: Code
     ) -> None:
         session = await opened(store, a_grant(**terms))
 
-        assert (await refuse(store, session, *tools)).code is code
+        assert (await deny(store, session, *tools)).code is code
 
         after = await current(store, session)
         assert (after.calls_made, after.rate_window_calls) == (0, 0)
@@ -196,13 +196,13 @@ class TestBatch:
         assert isinstance(decision, Admitted)
         assert decision.session.calls_made == 0
 
-    async def test_a_batch_in_an_elapsed_window_is_still_limited(
+    async def test_a_batch_after_an_elapsed_window_is_still_limited(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
         session = await opened(store, a_grant(rate_limit_per_minute=2))
         clock.advance(60)
 
-        assert (await refuse(store, session, *["read_file"] * 50)).code is Code.RATE_LIMITED
+        assert (await deny(store, session, *["read_file"] * 50)).code is Code.RATE_LIMITED
 
 
 class TestDryRun:
@@ -213,7 +213,7 @@ class TestDryRun:
 
         assert (await current(store, session)).calls_made == 0
         await admit(store, session)
-        assert (await refuse(store, session, dry_run=True)).code is Code.BUDGET_EXCEEDED
+        assert (await deny(store, session, dry_run=True)).code is Code.BUDGET_EXCEEDED
 
     async def test_a_dry_run_does_not_use_up_an_idempotency_key(
         self, store: SessionStore
@@ -259,7 +259,7 @@ class TestIdempotency:
         "other",
         [a_call("list_dir"), a_call(agent_id=AGENT), a_batch("read_file")],
     )
-    async def test_another_request_with_the_key_is_a_conflict(
+    async def test_another_request_with_the_same_key_is_a_conflict(
         self, store: SessionStore, other: Any
     ) -> None:
         session = await opened(store)
@@ -282,9 +282,7 @@ class TestIdempotency:
             assert isinstance(decision, Admitted)
             assert not decision.replayed
 
-    async def test_keys_that_join_to_the_same_text_are_different(
-        self, store: SessionStore
-    ) -> None:
+    async def test_caller_and_key_are_not_simply_joined(self, store: SessionStore) -> None:
         session = await opened(store)
         await store.record(session.session_id, a_call(), IdempotencyKey("a:b", "c"))
 
@@ -298,40 +296,38 @@ class TestIdempotency:
     ) -> None:
         session = await opened(store, a_grant(rate_limit_per_minute=1))
         await admit(store, session)
-        refused = await store.record(session.session_id, a_call(), self.KEY)
+        denied = await store.record(session.session_id, a_call(), self.KEY)
         clock.advance(60)
 
         decision = await store.record(session.session_id, a_call(), self.KEY)
 
-        assert isinstance(refused, Denied)
+        assert isinstance(denied, Denied)
         assert isinstance(decision, Admitted)
         assert not decision.replayed
 
-    async def test_a_replay_ends_with_the_session(
+    async def test_replays_end_with_the_session(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
         closed, expired = await opened(store), await opened(store)
         for session in (closed, expired):
             await store.record(session.session_id, a_call(), self.KEY)
         await store.close(closed.session_id)
-        assert (await refuse(store, closed, idempotency=self.KEY)).code is Code.SESSION_CLOSED
+        assert (await deny(store, closed, idempotency=self.KEY)).code is Code.SESSION_CLOSED
 
         clock.advance(3600)
 
-        refused = await store.record(expired.session_id, a_call(), self.KEY)
-        assert isinstance(refused, Denied)
-        assert refused.code is Code.SESSION_EXPIRED
+        denied = await store.record(expired.session_id, a_call(), self.KEY)
+        assert isinstance(denied, Denied)
+        assert denied.code is Code.SESSION_EXPIRED
 
-    async def test_a_replay_is_only_for_the_agent_of_the_session(
-        self, store: SessionStore
-    ) -> None:
+    async def test_a_replay_is_denied_to_another_agent(self, store: SessionStore) -> None:
         session = await opened(store)
         await store.record(session.session_id, a_call(), self.KEY)
 
-        refused = await store.record(session.session_id, a_call(agent_id=OTHER_AGENT), self.KEY)
+        denied = await store.record(session.session_id, a_call(agent_id=OTHER_AGENT), self.KEY)
 
-        assert isinstance(refused, Denied)
-        assert refused.code is Code.AGENT_MISMATCH
+        assert isinstance(denied, Denied)
+        assert denied.code is Code.AGENT_MISMATCH
 
     async def test_a_repeated_creation_makes_one_session(
         self, store: SessionStore, clock: ManualClock
@@ -369,7 +365,9 @@ class TestIdempotency:
             if swept:
                 await sweep(store)
 
-    async def test_another_grant_with_the_key_is_a_conflict(self, store: SessionStore) -> None:
+    async def test_another_grant_with_the_same_key_is_a_conflict(
+        self, store: SessionStore
+    ) -> None:
         await store.create(new_id(), a_grant(), self.KEY)
 
         conflict = await store.create(new_id(), a_grant(call_budget=7), self.KEY)
@@ -427,16 +425,16 @@ class TestCaps:
         await opened(store)
         await opened(store, a_grant(agent_id=OTHER_AGENT))
 
-        refused = await store.create(new_id(), a_grant())
+        denied = await store.create(new_id(), a_grant())
 
-        assert isinstance(refused, Denied)
-        assert refused.code is Code.TOO_MANY_SESSIONS
-        assert (refused.limit, refused.used) == (2, 2)
+        assert isinstance(denied, Denied)
+        assert denied.code is Code.TOO_MANY_SESSIONS
+        assert (denied.limit, denied.used) == (2, 2)
         assert len(await listed(store)) == 3
         await store.close(first.session_id)
         assert await opened(store)
 
-    async def test_sessions_past_their_deadline_do_not_count_unswept(
+    async def test_unswept_sessions_past_their_deadline_do_not_count(
         self, make_store: MakeStore, clock: ManualClock
     ) -> None:
         store = await make_store(max_active_sessions_per_agent=1)
@@ -446,12 +444,12 @@ class TestCaps:
 
         assert await opened(store)
 
-    async def test_a_cap_of_zero_is_a_cap(self, make_store: MakeStore) -> None:
+    async def test_a_cap_of_zero_allows_no_sessions(self, make_store: MakeStore) -> None:
         store = await make_store(max_active_sessions_per_agent=0)
 
         assert isinstance(await store.create(new_id(), a_grant()), Denied)
 
-    async def test_a_repeated_creation_is_answered_at_the_cap(
+    async def test_a_repeated_creation_is_replayed_at_the_cap(
         self, make_store: MakeStore
     ) -> None:
         store = await make_store(max_active_sessions_per_agent=1, max_sessions=1)
@@ -463,7 +461,7 @@ class TestCaps:
         assert isinstance(again, Admitted)
         assert again.replayed
 
-    async def test_racing_creations_never_pass_the_cap(self, make_store: MakeStore) -> None:
+    async def test_racing_creations_never_exceed_the_cap(self, make_store: MakeStore) -> None:
         store = await make_store(max_active_sessions_per_agent=5)
 
         made = await asyncio.gather(*(store.create(new_id(), a_grant()) for _ in range(50)))
@@ -471,14 +469,14 @@ class TestCaps:
         assert sum(isinstance(each, Admitted) for each in made) == 5
         assert await store.count_active_for_agent(AGENT) == 5
 
-    async def test_a_full_store_takes_no_more_until_sessions_are_removed(
+    async def test_a_full_store_refuses_creations_until_sessions_are_removed(
         self, make_store: MakeStore, clock: ManualClock
     ) -> None:
         store = await make_store(max_sessions=2, retention_secs=5)
         await opened(store, a_grant(time_limit_secs=10))
         await opened(store)
 
-        with pytest.raises(Overloaded):
+        with pytest.raises(SessionLimitReached):
             await store.create(new_id(), a_grant())
 
         assert len(await listed(store)) == 2
@@ -497,7 +495,7 @@ class TestCaps:
         clock.advance(1)
         await sweep(store)
 
-        with pytest.raises(Overloaded):
+        with pytest.raises(SessionLimitReached):
             await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
         assert await opened(store)
         clock.advance(24 * 3600)
@@ -507,7 +505,7 @@ class TestCaps:
 
 
 class TestSweep:
-    async def test_without_retention_expired_and_closed_sessions_go_at_once(
+    async def test_without_retention_ended_sessions_are_removed_at_once(
         self, make_store: MakeStore
     ) -> None:
         store = await make_store(retention_secs=0)
@@ -523,7 +521,7 @@ class TestSweep:
         assert await store.get(closed.session_id) is None
         assert await store.get(alive.session_id) is not None
 
-    async def test_ended_sessions_answer_as_such_through_their_retention(
+    async def test_ended_sessions_are_reported_as_such_during_retention(
         self, make_store: MakeStore, clock: ManualClock
     ) -> None:
         store = await make_store(retention_secs=300)
@@ -534,12 +532,12 @@ class TestSweep:
 
         clock.advance(299)
         assert await sweep(store) == 0
-        assert (await refuse(store, expired)).code is Code.SESSION_EXPIRED
-        assert (await refuse(store, closed)).code is Code.SESSION_CLOSED
+        assert (await deny(store, expired)).code is Code.SESSION_EXPIRED
+        assert (await deny(store, closed)).code is Code.SESSION_CLOSED
 
         clock.advance(1)
         assert await sweep(store) == 2
-        assert (await refuse(store, expired)).code is Code.SESSION_NOT_FOUND
+        assert (await deny(store, expired)).code is Code.SESSION_NOT_FOUND
 
     async def test_retention_counts_from_the_deadline_for_a_session_closed_after_it(
         self, make_store: MakeStore, clock: ManualClock
@@ -555,7 +553,7 @@ class TestSweep:
         clock.advance(1000)
         assert await sweep(store) == 0
 
-    async def test_a_slice_removes_no_more_than_it_may(self, make_store: MakeStore) -> None:
+    async def test_a_slice_removes_no_more_than_its_limit(self, make_store: MakeStore) -> None:
         store = await make_store(retention_secs=0)
         for _ in range(5):
             await opened(store, a_grant(time_limit_secs=0))
@@ -566,7 +564,7 @@ class TestSweep:
         assert [each.expired + each.closed for each in slices] == [3, 3, 3, 1]
         assert [each.more for each in slices] == [True, True, True, False]
 
-    async def test_a_session_goes_with_all_that_is_remembered_of_it(
+    async def test_a_session_is_swept_with_its_idempotency_keys(
         self, make_store: MakeStore
     ) -> None:
         store = await make_store(retention_secs=0)
@@ -597,9 +595,7 @@ class TestSweep:
 
 
 class TestListing:
-    async def test_sessions_come_in_the_order_of_their_deadline(
-        self, store: SessionStore
-    ) -> None:
+    async def test_sessions_are_listed_in_order_of_deadline(self, store: SessionStore) -> None:
         late = await opened(store, a_grant(time_limit_secs=30))
         soon = await opened(store, a_grant(time_limit_secs=10))
         between = await opened(store, a_grant(time_limit_secs=20))
@@ -607,7 +603,7 @@ class TestListing:
 
         assert await listed(store) == [each.session_id for each in (soon, between, late)]
 
-    async def test_sessions_are_filtered_by_agent_and_status_as_of_now(
+    async def test_sessions_are_filtered_by_agent_and_current_status(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
         expired = await opened(store, a_grant(time_limit_secs=10))
@@ -630,7 +626,7 @@ class TestListing:
         assert await found(OTHER_AGENT, SessionStatus.CLOSED) == []
 
     @pytest.mark.parametrize("agent_id", [None, AGENT])
-    async def test_pages_give_every_session_once_while_others_come_and_go(
+    async def test_pages_list_every_session_once_while_others_come_and_go(
         self, make_store: MakeStore, agent_id: str | None
     ) -> None:
         store = await make_store(retention_secs=0)
@@ -657,7 +653,7 @@ class TestListing:
         assert (await store.list_all(EVERYTHING, limit=2)).next_cursor is None
 
     @pytest.mark.parametrize("cursor", ["", "x", "!!", "MTIz", "é", "LTEu", "MSAuYQ=="])
-    async def test_a_cursor_of_somebody_else_is_refused(
+    async def test_a_cursor_that_no_store_issued_is_rejected(
         self, store: SessionStore, cursor: str
     ) -> None:
         with pytest.raises(InvalidCursor):
@@ -689,7 +685,7 @@ class TestRaces:
         assert sum(not each.replayed for each in decisions if isinstance(each, Admitted)) == 1
         assert (await current(store, session)).calls_made == 1
 
-    async def test_racing_closes_close_once(self, store: SessionStore) -> None:
+    async def test_racing_closes_close_a_session_once(self, store: SessionStore) -> None:
         session = await opened(store)
 
         outcomes = await asyncio.gather(*(store.close(session.session_id) for _ in range(10)))

@@ -1,5 +1,5 @@
-"""What the stores promise that outlive the process (`DURABLE`): a store that is closed, or
-whose process is gone, and one that is opened in its place."""
+"""The promises of stores that outlive the process (`DURABLE`), tested by opening a store again
+after it was closed, or after its process crashed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.domain.admission import Admitted, DenialCode, Denied
-from app.domain.errors import Overloaded
+from app.domain.errors import SessionLimitReached
 from app.domain.session import DataSensitivity, Session, SessionStatus
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import DURABLE, STORES
@@ -38,9 +38,9 @@ Reopen = Callable[..., Awaitable[SessionStore]]
 async def reopen(
     request: pytest.FixtureRequest, clock: ManualClock, tmp_path: Path
 ) -> AsyncIterator[Reopen]:
-    """Opens the store; closes it first if it is open. `crash` leaves it as it is instead,
-    as if the process had been killed, and goes on with its files as they are. `down_secs`
-    is how much later the wall clock says that it is then."""
+    """Opens the store, and closes it first if it is open. With `crash` it opens a copy of the
+    open store's files instead, as if the process had been killed. The wall clock advances by
+    `down_secs` in between."""
     async with AsyncExitStack() as stack:
         folder, lives = tmp_path / "0", 0
         folder.mkdir()
@@ -72,7 +72,7 @@ def crash(request: pytest.FixtureRequest) -> bool:
     return request.param == "crashed"
 
 
-async def test_a_session_is_what_it_was(reopen: Reopen, crash: bool) -> None:
+async def test_a_session_survives_a_restart_unchanged(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
     terms = {
         "declared_intent": "ünïcode \0 and \U0001f600",
@@ -100,7 +100,7 @@ async def test_a_session_is_what_it_was(reopen: Reopen, crash: bool) -> None:
     assert [each.session_id for each in page.sessions] == [session.session_id]
 
 
-async def test_a_budget_is_not_given_twice(reopen: Reopen, crash: bool) -> None:
+async def test_a_restart_does_not_refill_a_budget(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
     session = await opened(store, a_grant(call_budget=3))
     made = 0
@@ -112,7 +112,9 @@ async def test_a_budget_is_not_given_twice(reopen: Reopen, crash: bool) -> None:
     assert made == 3
 
 
-async def test_a_rate_window_goes_on(reopen: Reopen, clock: ManualClock) -> None:
+async def test_a_rate_window_continues_after_a_restart(
+    reopen: Reopen, clock: ManualClock
+) -> None:
     store = await reopen()
     session = await opened(store, a_grant(rate_limit_per_minute=1))
     await store.record(session.session_id, a_call())
@@ -127,7 +129,7 @@ async def test_a_rate_window_goes_on(reopen: Reopen, clock: ManualClock) -> None
     assert isinstance(await store.record(session.session_id, a_call()), Admitted)
 
 
-async def test_retries_are_still_replays(reopen: Reopen, crash: bool) -> None:
+async def test_retries_are_replayed_after_a_restart(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
     created = await store.create(new_id(), a_grant(), KEY)
     assert isinstance(created, Admitted)
@@ -155,7 +157,7 @@ async def test_retries_are_still_replays(reopen: Reopen, crash: bool) -> None:
     assert after.calls_made == 2
 
 
-async def test_a_kill_switch_stays_thrown(reopen: Reopen, crash: bool) -> None:
+async def test_the_kill_switch_survives_a_restart(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
     session = await opened(store)
     assert await store.close_sessions_for_agent(AGENT) == 1
@@ -167,7 +169,7 @@ async def test_a_kill_switch_stays_thrown(reopen: Reopen, crash: bool) -> None:
     assert denied.code is DenialCode.SESSION_CLOSED
 
 
-async def test_caps_and_counts_are_what_they_were(reopen: Reopen, crash: bool) -> None:
+async def test_caps_and_counts_survive_a_restart(reopen: Reopen, crash: bool) -> None:
     limits = {"max_sessions": 4, "max_active_sessions_per_agent": 2}
     store = await reopen(**limits)
     for _ in range(2):
@@ -182,11 +184,11 @@ async def test_caps_and_counts_are_what_they_were(reopen: Reopen, crash: bool) -
     assert isinstance(denied, Denied)
     assert denied.code is DenialCode.TOO_MANY_SESSIONS
     await opened(store, a_grant(agent_id=OTHER_AGENT))
-    with pytest.raises(Overloaded):
+    with pytest.raises(SessionLimitReached):
         await opened(store, a_grant(agent_id=OTHER_AGENT))
 
 
-async def test_time_that_passed_while_it_was_down_counts(
+async def test_time_passes_while_the_service_is_down(
     reopen: Reopen, clock: ManualClock, crash: bool
 ) -> None:
     store = await reopen(retention_secs=100)
@@ -202,17 +204,17 @@ async def test_time_that_passed_while_it_was_down_counts(
 
 
 @pytest.mark.parametrize("reopen", ["sqlite"], indirect=True)
-async def test_a_wall_clock_that_went_back_extends_nothing(
+async def test_setting_the_wall_clock_back_extends_no_session(
     reopen: Reopen, clock: ManualClock, crash: bool
 ) -> None:
-    """Others have the clock of their engine, which goes on while we are down."""
+    """Other stores use the clock of their server, which runs on while the service is down."""
     store = await reopen()
     over = await opened(store, a_grant(time_limit_secs=60))
     alive = await opened(store, a_grant(time_limit_secs=120))
     clock.advance(60)
-    told = await store.get(over.session_id)
-    assert told is not None
-    assert told.status is SessionStatus.EXPIRED
+    before = await store.get(over.session_id)
+    assert before is not None
+    assert before.status is SessionStatus.EXPIRED
 
     store = await reopen(crash=crash, down_secs=-3600)
 
@@ -226,7 +228,7 @@ async def test_a_wall_clock_that_went_back_extends_nothing(
     assert ended.status is SessionStatus.EXPIRED
 
 
-async def test_a_stop_in_order_costs_no_time(reopen: Reopen, clock: ManualClock) -> None:
+async def test_a_clean_restart_costs_no_time(reopen: Reopen, clock: ManualClock) -> None:
     store = await reopen()
     session = await opened(store, a_grant(time_limit_secs=60))
     for _ in range(10):

@@ -1,6 +1,6 @@
-"""A model of the whole contract, written as plainly as possible and run against every store
-through random histories that are biased to the edges: window ends, deadlines, the end of
-the retention, the last unit of a budget."""
+"""A model of the whole contract, as plain as possible, compared with every store over random
+histories. These are biased to the edges: window ends, deadlines, the end of the retention, and
+the last unit of a budget."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ tiers = st.sampled_from([None, None, None, *DataSensitivity])
 
 
 class Ask(NamedTuple):
-    """What an agent asks for, and when."""
+    """A request that an agent makes, and when."""
 
     how: str
     names: list[str]
@@ -114,8 +114,8 @@ class Model:
         entries = self.grant.authorized_tools.entries
         return tool in entries or "*" in entries or ("fs.*" in entries and tool[:3] == "fs.")
 
-    def refusals(self, asked: Admission, now: int) -> list[str]:
-        """Codes of the rules that fail, the one that names the denial first."""
+    def failed_rules(self, asked: Admission, now: int) -> list[str]:
+        """The codes of the rules that fail. The first names the denial."""
         if asked.agent_id not in (None, self.grant.agent_id):
             return ["agent_mismatch"]
         if self.status(now) != "active":
@@ -145,7 +145,7 @@ class Model:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Does to a store and to the model what agents, operators and time would do."""
+    """Applies the actions of agents, operators and time to a store and to the model."""
 
     make_store: Any
 
@@ -221,7 +221,7 @@ class StoreMachine(RuleBasedStateMachine):
         return self._create(self.creations[key][1], key)
 
     def _create(self, grant: Grant, key: IdempotencyKey | None) -> Any:
-        """Create in both; the id, or nothing for the bundle if there is no new session."""
+        """Create a session in both. Return its id, or nothing if none was created."""
         now, session_id = self.clock.now, new_id()
         decision = self.run(self.store.create(session_id, grant, key))
         known = None if key is None else self.creations.get(key)
@@ -266,14 +266,14 @@ class StoreMachine(RuleBasedStateMachine):
         return Admission(Operation.BATCH, (tool,) * n), ask.key
 
     def _left(self, model: Model) -> int:
-        """How many calls budget and rate allow now."""
+        """How many calls the budget and the rate limit allow now."""
         rate = model.grant.rate_limit_per_minute
         used = model.window_calls if self.clock.now < model.window_end else 0
         budget = model.grant.call_budget - model.made
         return max(0, budget if rate is None else min(budget, rate - used))
 
     def _go_to(self, session_id: str, edge: str | None, offset: int) -> None:
-        """Just before, at or after an instant at which something changes, if it is ahead."""
+        """Move the clock to an edge of the session, or just before it, but never backwards."""
         model = self.models.get(session_id)
         if model is not None and edge is not None:
             self.clock.now = max(self.clock.now, getattr(model, edge) + offset)
@@ -287,7 +287,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(decision, Denied)
             assert decision.code.value == "session_not_found"
             return
-        unusable = [code for code in model.refusals(asked, now) if code.split("_")[0] in _BARS]
+        failed_rules = model.failed_rules(asked, now)
+        unusable = [code for code in failed_rules if code.split("_")[0] in _UNUSABLE]
         if not unusable and key in model.replays:
             first, answer = model.replays[key]
             if first == asked:
@@ -296,12 +297,11 @@ class StoreMachine(RuleBasedStateMachine):
                 assert isinstance(decision, Denied)
                 assert decision.code.value == "idempotency_conflict"
             return
-        refusals = model.refusals(asked, now)
-        if refusals:
+        if failed_rules:
             assert isinstance(decision, Denied)
-            assert decision.code.value == refusals[0]
+            assert decision.code.value == failed_rules[0]
             listed = [each.code.value for each in decision.violations]
-            assert listed == ([] if unusable else refusals)
+            assert listed == ([] if unusable else failed_rules)
             return
         assert isinstance(decision, Admitted)
         assert not decision.replayed
@@ -359,7 +359,7 @@ class StoreMachine(RuleBasedStateMachine):
         return sum(each.status(self.clock.now) == "active" for each in self._of(agent))
 
     @invariant()
-    def every_session_reads_as_the_model_says(self) -> None:
+    def every_session_matches_the_model(self) -> None:
         for session_id, model in self.models.items():
             session = self.run(self.store.get(session_id))
             assert session is not None
@@ -386,11 +386,11 @@ class StoreMachine(RuleBasedStateMachine):
                 }
 
 
-_BARS = {"agent", "session"}
+_UNUSABLE = {"agent", "session"}
 
 
 class DurableMachine(StoreMachine):
-    """The same, and the service is restarted now and then."""
+    """Also restarts the service now and then."""
 
     @rule()
     def restart(self) -> None:
@@ -400,7 +400,7 @@ class DurableMachine(StoreMachine):
 
 
 HISTORIES = {"redis": 60, "cluster": 30}
-"""Fewer where every step is a round trip; `test_redis_parity` adds many of its own."""
+"""Fewer where every step is a round trip. The parity test of Redis adds many more."""
 
 
 @pytest.mark.parametrize("backend", STORES)

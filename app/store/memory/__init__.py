@@ -1,1 +1,1 @@
-"""Sessions in the memory of this process."""
+"""The memory backend: sessions in the memory of this process."""

@@ -1,7 +1,7 @@
 """The sessions of a memory store in order: by deadline, and by agent and deadline.
 
-Sorted lists of plain tuples: they insert, remove, count and seek in the logarithm of their
-length, without the pauses of a rebuild, and the garbage collector does not track them.
+Sorted lists of plain tuples insert, remove, count and seek in logarithmic time, without
+pauses for rebuilding. The garbage collector does not track the tuples.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from app.store.cursor import Cursor
 
 
 class SessionIndex:
-    """Sessions in order. Holds ids, not sessions."""
+    """Sessions in order. Holds their ids, not the sessions."""
 
     def __init__(self) -> None:
         self._by_deadline: SortedList[tuple[int, str]] = SortedList()
         self._by_agent: SortedList[tuple[str, int, str]] = SortedList()
 
     def add(self, session: Session) -> None:
-        """Put a session in its place."""
+        """Add a session."""
         expires_at = session.expires_at
         self._by_deadline.add((expires_at, session.session_id))
         self._by_agent.add((session.grant.agent_id, expires_at, session.session_id))
 
     def remove(self, session: Session) -> None:
-        """Take a session out. Raises `ValueError` if it is not here."""
+        """Remove a session. Raises `ValueError` if it is not in the index."""
         expires_at = session.expires_at
         self._by_deadline.remove((expires_at, session.session_id))
         self._by_agent.remove((session.grant.agent_id, expires_at, session.session_id))
 
     def count_alive(self, now: int) -> int:
-        """How many have their deadline after `now`."""
+        """The number of sessions with a deadline after `now`."""
         return len(self._by_deadline) - self._by_deadline.bisect_left((now + 1, ""))
 
     def count_alive_of(self, agent_id: str, now: int) -> int:
-        """How many of the agent have their deadline after `now`."""
+        """The number of the agent's sessions with a deadline after `now`."""
         last = self._by_agent.bisect_left(_past(agent_id))
         return last - self._by_agent.bisect_left((agent_id, now + 1, ""))
 
     def earliest(self) -> Cursor | None:
-        """The session with the earliest deadline."""
+        """The position of the session with the earliest deadline, or `None`."""
         return Cursor(*self._by_deadline[0]) if self._by_deadline else None
 
     def after(
         self, position: Cursor, agent_id: str | None, until: int | None
     ) -> Iterator[Cursor]:
-        """Positions after `position`, of one agent or of all, with deadlines up to and
-        including `until`."""
+        """The positions after `position`, of one agent or of all, with deadlines of at most
+        `until`."""
         if agent_id is None:
             for expires_at, session_id in self._by_deadline.irange(
                 position, None if until is None else (until + 1, ""), (False, False)
@@ -65,5 +65,5 @@ class SessionIndex:
 
 
 def _past(agent_id: str) -> tuple[str, int, str]:
-    """A bound after everything of the agent and before anything of the next one."""
+    """A bound after all entries of the agent and before those of the next one."""
     return (agent_id + "\0", 0, "")

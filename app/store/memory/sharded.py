@@ -1,8 +1,8 @@
-"""A dict in many small ones.
+"""A dict split into many small ones.
 
-A dict that grows, or that is full of places where something was deleted, is rebuilt as a
-whole; at a million entries that holds the event loop for tens of milliseconds. A shard is
-rebuilt on its own, in microseconds.
+A dict that grows or fills up with deleted entries is rebuilt as a whole. At a million
+entries that blocks the event loop for tens of milliseconds. Rebuilding one shard takes
+microseconds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 SHARDS = 1024
-"""A power of two. A million entries make shards of a thousand."""
+"""A power of two. With a million entries, a shard has about a thousand."""
 
 
 class ShardedDict(Generic[K, V]):
-    """A mapping whose keys are spread over `SHARDS` dicts by their hash."""
+    """A mapping that spreads its keys over `SHARDS` dicts by hash."""
 
     __slots__ = ("_length", "_shards")
 
@@ -30,8 +30,8 @@ class ShardedDict(Generic[K, V]):
         return self._length
 
     def shard(self, key: K) -> dict[K, V]:
-        """The dict in which `key` is or would be. For reading and replacing values only:
-        the length is kept by the methods below."""
+        """The dict that holds `key`, if any does. Only read it or replace values in it: the
+        methods below keep count of the entries."""
         return self._shards[hash(key) & (SHARDS - 1)]
 
     def get(self, key: K) -> V | None:
@@ -48,12 +48,12 @@ class ShardedDict(Generic[K, V]):
         self._length += len(shard) - before
 
     def pop(self, key: K) -> V:
-        """Remove `key` and return its value. Raises `KeyError`."""
+        """Remove `key` and return its value. Raises `KeyError` if it is not present."""
         value = self.shard(key).pop(key)
         self._length -= 1
         return value
 
     def discard(self, key: K) -> None:
-        """Remove `key` if it is there."""
+        """Remove `key` if it is present."""
         if key in self.shard(key):
             self.pop(key)

@@ -1,7 +1,7 @@
 """The default store: one process, one event loop, nothing on disk.
 
 It is also the reference that the other backends are tested against. No method awaits
-anything, so that each is one atomic step of the event loop.
+anything, so each is one atomic step of the event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.domain.admission import (
     decide,
     too_many_sessions,
 )
-from app.domain.errors import Overloaded
+from app.domain.errors import SessionLimitReached
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
@@ -60,8 +60,8 @@ class MemoryStore(SessionStore):
         self._sessions: ShardedDict[str, Session] = ShardedDict()
         self._open = SessionIndex()
         self._closed = SessionIndex()
-        # The order of closing is the order of time. Sessions that expired before they were
-        # closed are removed before their turn here, which is then passed over.
+        # In order of closing. A session closed after its deadline is removed by its deadline,
+        # which comes first; its entry here is then skipped.
         self._closings: deque[tuple[int, str]] = deque()
         self._replays: ShardedDict[str, _Replays] = ShardedDict()
         self._creations: ShardedDict[IdempotencyKey, _Creation] = ShardedDict()
@@ -69,22 +69,22 @@ class MemoryStore(SessionStore):
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> MemoryStore:
-        """The store for `memory://`. Raises `ValueError` if the URL says any more."""
+        """The store for `memory://`. Raises `ValueError` for any other URL."""
         if url != "memory://":
-            raise ValueError("the memory store has no options; write memory://")
+            raise ValueError("the memory store takes no options; write memory://")
         return cls(limits)
 
     @override
     async def open(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     @override
     async def aclose(self) -> None:
-        """Nothing to do; the sessions go with the process."""
+        """Do nothing. The sessions end with the process."""
 
     @override
     async def ping(self) -> None:
-        """The memory store always answers."""
+        """Return at once. The memory store is always available."""
 
     @override
     async def create(
@@ -99,9 +99,9 @@ class MemoryStore(SessionStore):
                 return Admitted(known.session, replayed=True)
         full = self._limits.max_sessions
         if len(self._sessions) >= full:
-            raise Overloaded
+            raise SessionLimitReached
         if idempotency is not None and len(self._creations) >= full:
-            raise Overloaded(TOO_MANY_CREATIONS)
+            raise SessionLimitReached(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
             active = self._open.count_alive_of(grant.agent_id, now)
@@ -141,7 +141,7 @@ class MemoryStore(SessionStore):
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and not dry_run:
             sessions[session_id] = decision.session
-            # Repeating an empty batch costs nothing, and its keys would have no bound.
+            # Repeating an empty batch costs nothing, and its keys would be unbounded.
             if idempotency is not None and admission.tool_names:
                 replays = self._replays.get(session_id)
                 if replays is None:
@@ -227,14 +227,14 @@ class MemoryStore(SessionStore):
         while left > 0 and self._forgettings and self._forgettings[0][0] <= now:
             forget_at, key = self._forgettings.popleft()
             left -= 1
-            # A key used again after its 24 hours has a later turn of its own.
+            # A key that was reused after 24 hours has a later entry in the queue.
             creation = self._creations.get(key)
             if creation is not None and creation.forget_at == forget_at:
                 self._creations.discard(key)
         return Swept(removed[self._open], removed[self._closed], more=left <= 0)
 
     def _next_due(self, cutoff: int) -> tuple[str, SessionIndex] | None:
-        """A session that ended at `cutoff` or before, and the index that it is in."""
+        """A session that ended at or before `cutoff`, and the index that holds it."""
         for index in (self._open, self._closed):
             earliest = index.earliest()
             if earliest is not None and earliest.expires_at <= cutoff:
@@ -247,8 +247,10 @@ class MemoryStore(SessionStore):
         return None
 
     def _forget_replays(self, session_id: str, limit: int) -> int:
-        """Drop up to `limit` remembered answers of a session; how many. A busy session can
-        have as many as its budget, too many for one slice of a sweep."""
+        """Drop up to `limit` remembered answers of a session. Return how many were dropped.
+
+        A busy session can have as many as its budget, too many for one slice of a sweep.
+        """
         replays = self._replays.get(session_id)
         if replays is None:
             return 0

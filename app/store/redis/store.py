@@ -29,7 +29,7 @@ from app.domain.admission import (
     Denied,
     too_many_sessions,
 )
-from app.domain.errors import Overloaded, StoreUnavailable
+from app.domain.errors import SessionLimitReached, StoreUnavailable
 from app.domain.session import Grant, Session, SessionStatus
 from app.store.clock import Clock
 from app.store.codec import to_session
@@ -110,9 +110,9 @@ class RedisStore(SessionStore):
         if outcome == b"replayed":
             return Admitted(to_session(told[0]), replayed=True)
         if outcome == b"full":
-            raise Overloaded
+            raise SessionLimitReached
         if outcome == b"creations_full":
-            raise Overloaded(TOO_MANY_CREATIONS)
+            raise SessionLimitReached(TOO_MANY_CREATIONS)
         claimed_at, entry = told
         announced = announced._replace(session_id=entry.decode()[:ID_CHARS])
         active = await self._index.claim_for_agent(announced)

@@ -1,1 +1,1 @@
-"""Sessions in a SQLite file."""
+"""The SQLite backend: sessions in a file."""

@@ -1,4 +1,4 @@
-"""A copy of a SQLite store, consistent also while a process writes to it."""
+"""Backups of a SQLite store, consistent even while a process writes to it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from app.store.sqlite.schema import check_version
 
 
 def back_up(url: str, target: Path) -> int:
-    """Copy the store as it is at one instant into a new file that needs nothing beside it;
-    how many sessions that is. Whoever writes to the store is not held up.
+    """Copy the store, as it is at one instant, into a new file that stands alone. Return the
+    number of sessions copied. Writers to the store are not blocked.
 
-    Raises `StoreUnusable` if the store cannot be read or the copy not be written; an
-    existing file is left alone, and a copy that failed leaves no file.
+    Raises `StoreUnusable` if the store cannot be read or the copy cannot be written. An
+    existing file is never overwritten, and a failed copy leaves no file.
     """
     source = Location.of_url(url).path
     with explained(source):
         if not source.is_file():
-            raise StoreUnusable("there is no such file")
+            raise StoreUnusable("the file does not exist; check ARBITER_STORE_URL")
     with explained(target):
         if os.path.lexists(target) or not target.name:
-            raise StoreUnusable("it is there already, and will not be overwritten")
+            raise StoreUnusable("it already exists and is not overwritten; name a new file")
         with _unfinished(target) as unfinished:
             sessions = _copy(source, unfinished)
-            # Unlike a renaming this fails if somebody else made a file of that name.
+            # Unlike renaming, linking fails if the name has been taken in the meantime.
             os.link(unfinished, target)
             _make_durable(target.parent)
     return sessions
@@ -38,7 +38,7 @@ def back_up(url: str, target: Path) -> int:
 
 @contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
-    """An empty file next to the target that only its owner can read, and that goes away."""
+    """A temporary file next to the target, readable only by its owner."""
     handle, name = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
     os.close(handle)
     try:
@@ -49,16 +49,16 @@ def _unfinished(target: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path) -> int:
-    # Not read-only, which cannot read a store that was stopped in order.
+    # Not mode=ro, which cannot read a store that was shut down cleanly.
     uri = f"{source.resolve().as_uri()}?mode=rw"
     with closing(sqlite3.connect(uri, uri=True)) as original:
         with explained(source):
             if check_version(original) == 0:
-                raise StoreUnusable("there is nothing in it")
+                raise StoreUnusable("the file is empty; check ARBITER_STORE_URL")
         with closing(sqlite3.connect(target, isolation_level=None)) as copy:
-            # In one step: in several it would start anew whenever somebody writes.
+            # In one step: a copy in several steps starts over whenever the original is written.
             original.backup(copy)
-            # Without a log of its own the copy is a single file.
+            # Without a write-ahead log the copy is a single file.
             copy.execute("PRAGMA journal_mode = DELETE")
             check_undamaged(copy)
             (sessions,) = copy.execute("SELECT count(*) FROM sessions").fetchone()

@@ -1,7 +1,7 @@
-"""Group commit: what arrives while a commit is under way goes into the next one.
+"""Group commit: jobs that arrive during a commit share the next one.
 
-The work of a database takes place on one thread, so that the event loop never waits for the
-disk. Jobs run in the order in which they were submitted.
+All database work runs on one thread, so the event loop never waits for the disk. Jobs run in
+the order in which they were submitted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Job = Callable[[], Any]
 
 
 class GroupCommit:
-    """Hands groups of jobs to `commit`, one group at a time, on a thread of its own.
+    """Runs `commit` on groups of jobs, one group at a time, on a separate thread.
 
-    `commit` runs the jobs of a group and returns their outcomes when they are durable, in
-    the same order. An outcome that is an exception is raised where its job was submitted.
+    `commit` runs the jobs of a group and returns their outcomes in the same order, once they
+    are durable. An outcome that is an exception is raised where its job was submitted.
     """
 
     def __init__(self, commit: Callable[[Sequence[Job]], Sequence[Any]], name: str) -> None:
@@ -30,8 +30,11 @@ class GroupCommit:
         self._committing: asyncio.Task[None] | None = None
 
     async def submit(self, job: Callable[[], T]) -> T:
-        """What `job` returned, once its group is durable. A job whose caller has given up
-        before its group began is not run; afterwards giving up has no effect on it."""
+        """Run `job` and return its result once its group is durable.
+
+        If the caller is cancelled before the group starts, the job does not run. Later
+        cancellation has no effect on it.
+        """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, future))
         if self._committing is None:
@@ -39,7 +42,7 @@ class GroupCommit:
         return await future
 
     async def drain(self) -> None:
-        """Wait until all that was submitted is done, then end the thread."""
+        """Wait for all submitted jobs, then stop the thread."""
         while self._committing is not None:
             await asyncio.wait([self._committing])
         self._thread.shutdown()

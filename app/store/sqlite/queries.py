@@ -1,7 +1,7 @@
 """Every statement of a SQLite store that reads or writes sessions (`app.store.sqlite.schema`).
 
-Sessions are known by the number of their row. A number is given again when its session is
-gone, so that nothing may be kept by number alone.
+Sessions are addressed by row number. SQLite reuses the number of a removed session, so
+nothing may be cached by row number alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
 
 GRANTS_KEPT = 16_384
-"""Grants of the latest sessions that are kept decoded."""
+"""How many decoded grants to cache."""
 
 _COUNTERS = "calls_made, rate_window_start, rate_window_calls"
 _SESSION = f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at"
@@ -29,7 +29,7 @@ _OPEN, _CLOSED = "closed_at IS NULL", "closed_at IS NOT NULL"
 
 
 class Found(NamedTuple):
-    """A session and the number of its row."""
+    """A session and its row number."""
 
     row_id: int
     session: Session
@@ -44,7 +44,7 @@ class Due(NamedTuple):
 
 
 class Queries:
-    """The sessions in an open database. Every method raises `sqlite3.Error`."""
+    """The sessions in an open database. Every method may raise `sqlite3.Error`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
@@ -53,7 +53,7 @@ class Queries:
     # Sessions
 
     def find(self, session_id: str, now: int) -> Found | None:
-        """The session as it is now."""
+        """The session as of `now`, or `None` if it does not exist."""
         row = self._db.execute(_FIND, (session_id,)).fetchone()
         return None if row is None else self._found(row, now)
 
@@ -77,7 +77,7 @@ class Queries:
         return known
 
     def insert(self, session: Session) -> None:
-        """Add a session that was just opened."""
+        """Insert a new session."""
         row_id = self._db.execute(
             "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
             (
@@ -94,7 +94,7 @@ class Queries:
         self._db.execute("INSERT INTO grants VALUES (?, ?)", (row_id, to_text(session.grant)))
 
     def count_calls(self, row_id: int, session: Session) -> None:
-        """Write the counters of a session."""
+        """Update the counters of a session."""
         self._db.execute(
             "UPDATE sessions SET calls_made = ?, rate_window_start = ?, rate_window_calls = ?"
             " WHERE id = ?",
@@ -107,11 +107,11 @@ class Queries:
         )
 
     def close(self, row_id: int, now: int) -> None:
-        """Close a session."""
+        """Close a session at `now`."""
         self._db.execute("UPDATE sessions SET closed_at = ? WHERE id = ?", (now, row_id))
 
     def close_active_of(self, agent_id: str, now: int) -> int:
-        """Close the active sessions of an agent; how many."""
+        """Close the active sessions of an agent. Return their number."""
         return self._db.execute(
             "UPDATE sessions SET closed_at = ?"
             f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
@@ -119,7 +119,7 @@ class Queries:
         ).rowcount
 
     def delete(self, row_id: int, session_id: str) -> None:
-        """Remove a session."""
+        """Delete a session."""
         self._grants.pop(session_id, None)
         self._db.execute("DELETE FROM sessions WHERE id = ?", (row_id,))
         self._db.execute("DELETE FROM grants WHERE id = ?", (row_id,))
@@ -127,21 +127,21 @@ class Queries:
     # Counts and lists
 
     def count_sessions(self) -> int:
-        """How many sessions there are, by a scan."""
+        """The number of sessions, found by a scan."""
         return self._number("SELECT count(*) FROM sessions")
 
     def count_open(self) -> int:
-        """How many were not closed, by a scan."""
+        """The number of sessions that are not closed, found by a scan."""
         return self._number(f"SELECT count(*) FROM sessions WHERE {_OPEN}")
 
     def count_expired(self, now: int) -> int:
-        """How many have expired and were not closed; costs as much as there are."""
+        """The number of sessions that expired without being closed, counted one by one."""
         return self._number(
             f"SELECT count(*) FROM sessions WHERE {_OPEN} AND expires_at <= ?", now
         )
 
     def count_active_of(self, agent_id: str, now: int) -> int:
-        """How many sessions of an agent are active; costs as much as there are."""
+        """The number of active sessions of an agent, counted one by one."""
         return self._number(
             f"SELECT count(*) FROM sessions WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
             agent_id,
@@ -167,8 +167,8 @@ class Queries:
         limit: int,
         now: int,
     ) -> list[Session]:
-        """At most `limit` sessions after a position, with deadlines up to and including
-        `until`, in order; the closed ones or the others."""
+        """At most `limit` sessions in order of deadline, after the position `after` and with
+        deadlines of at most `until`: the closed ones, or the others."""
         where = f"{_CLOSED if closed else _OPEN} AND (expires_at, session_id) > (?, ?)"
         arguments: list[Any] = [*after]
         if until is not None:
@@ -185,7 +185,7 @@ class Queries:
         return [self._found(row, now).session for row in rows.fetchall()]
 
     def due(self, cutoff: int, limit: int) -> Iterator[Due]:
-        """Sessions that ended at `cutoff` or before; looks for at most `limit` at once."""
+        """Sessions that ended at or before `cutoff`. Each query fetches at most `limit`."""
         seen: set[int] = set()
         for condition, closed in (
             (f"{_OPEN} AND expires_at <= ?", False),
@@ -206,7 +206,7 @@ class Queries:
     def replay(
         self, found: Found, idempotency: IdempotencyKey
     ) -> tuple[Admission, Session] | None:
-        """The admission that came with this key before, and the session after it."""
+        """The admission remembered with this key and the session after it, or `None`."""
         row = self._db.execute(
             f"SELECT admission, as_of, {_COUNTERS} FROM replays"
             " WHERE id = ? AND caller = ? AND key = ?",
@@ -226,7 +226,7 @@ class Queries:
     def remember(
         self, row_id: int, idempotency: IdempotencyKey, admission: Admission, session: Session
     ) -> None:
-        """Keep an admission and the session after it."""
+        """Remember an admission and the session after it."""
         self._db.execute(
             "INSERT INTO replays VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -241,7 +241,7 @@ class Queries:
         )
 
     def forget(self, row_id: int, limit: int) -> int:
-        """Drop at most `limit` admissions that are kept with a session; how many."""
+        """Drop at most `limit` remembered admissions of a session. Return how many."""
         return self._db.execute(
             "DELETE FROM replays WHERE rowid IN"
             " (SELECT rowid FROM replays WHERE id = ? LIMIT ?)",
@@ -249,7 +249,7 @@ class Queries:
         ).rowcount
 
     def creation(self, idempotency: IdempotencyKey) -> tuple[Session, int] | None:
-        """The session that was created with this key, and when to forget it."""
+        """The session created with this key and the instant to forget it, or `None`."""
         row = self._db.execute(
             "SELECT session, forget_at FROM creations WHERE caller = ? AND key = ?",
             idempotency,
@@ -257,20 +257,20 @@ class Queries:
         return None if row is None else (to_session(row[0]), row[1])
 
     def count_creations(self) -> int:
-        """How many creations are kept, by a scan."""
+        """The number of remembered creations, found by a scan."""
         return self._number("SELECT count(*) FROM creations")
 
     def remember_creation(
         self, idempotency: IdempotencyKey, session: Session, forget_at: int
     ) -> None:
-        """Keep a creation, in the place of one with the same key."""
+        """Remember a creation, replacing an older one with the same key."""
         self._db.execute(
             "INSERT OR REPLACE INTO creations VALUES (?, ?, ?, ?)",
             (*idempotency, forget_at, to_text(session)),
         )
 
     def forget_creations(self, now: int, limit: int) -> int:
-        """Drop at most `limit` creations whose time is over; how many."""
+        """Drop at most `limit` creations that are due to be forgotten. Return how many."""
         return self._db.execute(
             "DELETE FROM creations WHERE rowid IN"
             " (SELECT rowid FROM creations WHERE forget_at <= ? LIMIT ?)",
@@ -280,11 +280,11 @@ class Queries:
     # The clock
 
     def reserved_until(self) -> int:
-        """The instant that `reserve` wrote."""
+        """The instant that `reserve` last wrote."""
         return self._number("SELECT reserved_until FROM clock")
 
     def reserve(self, until: int) -> None:
-        """Write an instant that is later than any that was told."""
+        """Write an instant later than any that the store has returned."""
         self._db.execute("UPDATE clock SET reserved_until = ?", (until,))
 
 

@@ -1,4 +1,4 @@
-"""The tables of a SQLite store, and how an older file becomes a newer one."""
+"""The tables of a SQLite store, and the migration of older files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from app.domain.errors import StoreUnusable
 
 APPLICATION_ID = 0x41524254
-"""Stands in the header of every file of ours: "ARBT"."""
+"""The ASCII codes of ARBT, in the header of every file of this program."""
 
-# What an admission changes is kept apart from what never changes and can be long, and is
-# found by a number that grows: sessions that are busy at the same time share pages, and a
-# group of admissions writes few of them. All instants are microseconds since the epoch.
+# The counters that admissions change are kept apart from the grant, which never changes and
+# can be long. Row numbers grow, so sessions that are busy at the same time share pages, and a
+# group of admissions writes few of them. Instants are microseconds since the Unix epoch.
 _TABLES = """
 CREATE TABLE sessions (
     id INTEGER PRIMARY KEY,
@@ -26,7 +26,7 @@ CREATE TABLE sessions (
     rate_window_calls INTEGER NOT NULL,
     closed_at INTEGER
 ) STRICT;
--- With closed_at as well, or counting would look into the table for it.
+-- closed_at is included so that counting need not read it from the table.
 CREATE INDEX open_by_deadline ON sessions (expires_at, session_id, closed_at)
     WHERE closed_at IS NULL;
 CREATE INDEX open_by_agent ON sessions (agent_id, expires_at, session_id, closed_at)
@@ -41,7 +41,7 @@ CREATE TABLE grants (
     id INTEGER PRIMARY KEY,
     terms TEXT NOT NULL
 ) STRICT;
--- Admissions by idempotency key, and what the session looked like after them.
+-- Admissions by idempotency key, with the counters of the session after each.
 CREATE TABLE replays (
     id INTEGER NOT NULL,
     caller TEXT NOT NULL,
@@ -53,7 +53,7 @@ CREATE TABLE replays (
     rate_window_calls INTEGER NOT NULL,
     UNIQUE (id, caller, key)
 ) STRICT;
--- Creations by idempotency key, with the whole session, which they outlive.
+-- Creations by idempotency key. They keep the whole session, since they outlive it.
 CREATE TABLE creations (
     caller TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -62,34 +62,34 @@ CREATE TABLE creations (
     UNIQUE (caller, key)
 ) STRICT;
 CREATE INDEX forgettings ON creations (forget_at);
--- One row: every instant that the store has ever told is earlier.
+-- One row: an instant later than any that the store has returned.
 CREATE TABLE clock (reserved_until INTEGER NOT NULL) STRICT;
 INSERT INTO clock VALUES (0);
 """
 
 MIGRATIONS = (_TABLES,)
-"""Scripts in order. The version of a file says how many of them it has been through."""
+"""Scripts in order. The version of a file is the number of scripts applied to it."""
 
 
 def check_version(db: sqlite3.Connection, newest: int = len(MIGRATIONS)) -> int:
-    """The version of a file; 0 if there is nothing in it yet. Raises `StoreUnusable` if it
-    comes from a newer version of this program, or from another program."""
+    """The version of a file, 0 if it is empty. Raises `StoreUnusable` if the file comes from
+    a newer version of this program, or from another program."""
     (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     (application_id,) = db.execute("PRAGMA application_id").fetchone()
     if tables and application_id != APPLICATION_ID:
-        raise StoreUnusable("it is the database of another program")
+        raise StoreUnusable("it is the database of another program; use another path")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > newest:
         raise StoreUnusable(
-            f"its schema has version {version} and this program knows up to {newest}: "
+            f"its schema has version {version}, and this program supports up to {newest}; "
             "use the newer program that wrote it"
         )
     return int(version)
 
 
 def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Bring a file to the newest version, each step whole or not at all. Raises what
-    `check_version` does."""
+    """Bring a file to the newest version. Each step is atomic. Raises what `check_version`
+    raises, and `sqlite3.Error`."""
     version = check_version(db, len(migrations))
     for number, script in enumerate(migrations[version:], start=version + 1):
         try:

@@ -1,9 +1,9 @@
 """A durable store on one machine: a SQLite file, owned by one process.
 
-Every request becomes a job on the one thread that has the connection. The jobs that wait
-while a commit is under way share the next one, and nobody is answered before the commit that
-holds his. So a crash at any moment loses nothing that was answered, and a commit that fails
-has charged nothing. Decisions are those of `decide`, as in memory.
+Every request becomes a job on the one thread that has the connection. Jobs that arrive
+during a commit share the next one, and each request is answered only once its commit is
+durable. So a crash at any moment loses nothing that was answered, and a failed commit charges
+nothing. `decide` makes the decisions, as in the memory store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
-from app.domain.errors import Overloaded, StoreUnavailable
+from app.domain.errors import SessionLimitReached, StoreUnavailable
 from app.domain.session import Grant, Session
 from app.store.availability import Availability
 from app.store.clock import Clock, anchored_clock
@@ -37,13 +37,13 @@ from app.store.sqlite.group_commit import GroupCommit, Job
 from app.store.sqlite.transactions import Transactions
 
 FAR_AHEAD_SECS = 5
-"""More than a crash or two explain; somebody has set the wall clock."""
+"""More than a crash or two can explain: the wall clock was set back."""
 
 _log = logging.getLogger("arbiter.store")
 
 
 class SqliteStore(SessionStore):
-    """Sessions in a file."""
+    """Sessions in a SQLite file."""
 
     def __init__(
         self, location: Location, limits: StoreLimits, clock: Clock | None = None
@@ -55,7 +55,7 @@ class SqliteStore(SessionStore):
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> SqliteStore:
-        """The store for `sqlite:///absolute/path`. Raises `ValueError`."""
+        """The store for `sqlite:///absolute/path`. Raises `ValueError` for any other URL."""
         return cls(Location.of_url(url), limits)
 
     @override
@@ -70,8 +70,9 @@ class SqliteStore(SessionStore):
                 self._transactions = Transactions(self._file.db, self._limits, self._clock)
                 if self._transactions.ahead_secs > FAR_AHEAD_SECS:
                     _log.warning(
-                        "the wall clock is %d seconds behind the store's, which goes on from "
-                        "where it was: sessions end so much earlier by the wall clock",
+                        "the wall clock is %d seconds behind the store's clock, which does not "
+                        "go back: sessions expire that much earlier by the wall clock; check "
+                        "the system time",
                         self._transactions.ahead_secs,
                     )
         except BaseException:
@@ -80,21 +81,21 @@ class SqliteStore(SessionStore):
 
     @override
     async def aclose(self) -> None:
-        # Where this fails the file keeps a mark that is somewhat later, which is safe.
+        # If this fails, the file keeps a slightly later instant, which is safe.
         with suppress(StoreUnavailable):
             await self._commits.submit(self._transactions.stop_clock)
         await self._commits.drain()
         await asyncio.to_thread(self._file.close)
 
     def _commit(self, jobs: Sequence[Job]) -> Sequence[Any]:
-        """Run the jobs in one transaction; their outcomes. If it fails, nothing of any job
-        has happened and every outcome is an error."""
+        """Run the jobs in one transaction and return their outcomes. If it fails, no job has
+        changed anything and every outcome is an error."""
         outcomes: list[Any] = []
         try:
             self._file.check_in_place()
             with self._transactions.transaction():
                 for job in jobs:
-                    # One by one: how many there are tells which job met a defect.
+                    # One by one: their number shows which job hit a defect.
                     outcomes.append(self._outcome(job))  # noqa: PERF401
         except (sqlite3.Error, OSError) as error:
             self._availability.failed(reason(error))
@@ -107,10 +108,10 @@ class SqliteStore(SessionStore):
         return outcomes
 
     def _outcome(self, job: Job) -> Any:
-        # All of these are raised before anything was written; the rest of the group goes on.
+        # These are raised before anything is written, so the rest of the group continues.
         try:
             return job()
-        except (Overloaded, InvalidCursor) as refusal:
+        except (SessionLimitReached, InvalidCursor) as refusal:
             return refusal
         except msgspec.MsgspecError:
             self._availability.failed(DAMAGED)
@@ -118,7 +119,7 @@ class SqliteStore(SessionStore):
 
     @override
     async def ping(self) -> None:
-        # Telling the time writes to the file, once a second at most.
+        # Reading the clock writes to the file, at most once a second.
         await self._commits.submit(self._transactions.now)
 
     @override

@@ -1,5 +1,5 @@
-"""What a SQLite store does within a transaction: the verbs of the contract, one after the
-other, on the thread that owns the connection."""
+"""The verbs of the contract as a SQLite store runs them: inside a transaction, one at a time,
+on the thread that owns the connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from app.domain.admission import (
     decide,
     too_many_sessions,
 )
-from app.domain.errors import Overloaded
+from app.domain.errors import SessionLimitReached
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.clock import Clock
 from app.store.contract import (
@@ -35,11 +35,11 @@ from app.store.cursor import FIRST, Cursor
 from app.store.sqlite.queries import Queries
 
 RESERVED_SECS = 1
-"""How far ahead of the clock the mark in the file is set: it is written so often at most."""
+"""How far ahead of the clock to reserve time in the file, and the least time between writes."""
 
 
 class _Tally(NamedTuple):
-    """Counts that would otherwise take a scan."""
+    """Counts that would otherwise need a scan."""
 
     sessions: int
     open: int
@@ -47,12 +47,12 @@ class _Tally(NamedTuple):
 
 
 class Transactions:
-    """The contract, without waiting for anything but the database. Each verb belongs into a
-    `transaction`, and raises `Overloaded` and `InvalidCursor` before it has written anything.
+    """The verbs of the contract, as blocking calls. Each must run inside a `transaction`, and
+    raises `SessionLimitReached` and `InvalidCursor` before it writes anything.
 
-    The wall clock may go backwards while no process runs. So the file holds an instant that
-    is later than any that was ever told; a new process goes on from there if its clock has
-    not come so far, and what has expired stays expired.
+    The wall clock may go backwards while no process runs. So the file holds an instant later
+    than any that the store has returned. A new process whose clock is behind that instant
+    continues from it, and expired sessions stay expired.
     """
 
     def __init__(self, db: sqlite3.Connection, limits: StoreLimits, clock: Clock) -> None:
@@ -68,15 +68,15 @@ class Transactions:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that happens inside is durable at the end, or nothing of it has happened.
-        Raises `sqlite3.Error`."""
+        """Commit all changes made inside, durably, or roll all of them back. Raises
+        `sqlite3.Error` if the commit fails."""
         before = self._tally
         try:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            # The next one has to write, and so finds out whether the file can be written.
+            # The next transaction then has to write, which shows whether the file is writable.
             self._tally, self._reserved_until = before, 0
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -84,18 +84,18 @@ class Transactions:
 
     @property
     def ahead_secs(self) -> int:
-        """How far the time here is ahead of the clock."""
+        """How far the time of the store is ahead of its clock."""
         return self._ahead // MICROSECONDS
 
     def now(self) -> int:
-        """The time. No instant is told before the file knows that it may come."""
+        """The time of the store. The file holds a later instant before this one is returned."""
         now = self._clock() + self._ahead
         if now >= self._reserved_until:
             self._reserve(now + RESERVED_SECS * MICROSECONDS)
         return now
 
     def stop_clock(self) -> None:
-        """Write down the time, when no more of it will be told."""
+        """Write the current time to the file. Called last, after the last use of `now`."""
         self._reserve(self._clock() + self._ahead)
 
     def _reserve(self, until: int) -> None:
@@ -118,9 +118,9 @@ class Transactions:
             first = known[0]
             return Admitted(first, replayed=True) if first.grant == grant else KEY_CONFLICT
         if self._tally.sessions >= full:
-            raise Overloaded
+            raise SessionLimitReached
         if idempotency is not None and self._tally.creations >= full:
-            raise Overloaded(TOO_MANY_CREATIONS)
+            raise SessionLimitReached(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
             active = self._queries.count_active_of(grant.agent_id, now)
@@ -132,7 +132,7 @@ class Transactions:
         if idempotency is not None:
             forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
             self._queries.remember_creation(idempotency, session, forget_at)
-            # One whose 24 hours are over and that nobody has swept is in the same place.
+            # A known creation is over 24 hours old but not yet swept, and has been replaced.
             self._count(creations=1 if known is None else 0)
         return Admitted(session)
 
@@ -236,7 +236,7 @@ class Transactions:
 def _ranges(
     status: SessionStatus | None, start: Cursor, now: int
 ) -> list[tuple[bool, Cursor, int | None]]:
-    """Where sessions of a status are: among the closed ones or the others, after which
+    """Where to look for sessions of a status: whether among the closed ones, after which
     position, and up to which deadline."""
     if status is SessionStatus.CLOSED:
         return [(True, start, None)]

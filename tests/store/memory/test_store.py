@@ -1,4 +1,4 @@
-"""What only the memory store has: its clock."""
+"""The memory store alone: its clock, and what its operations cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_clock_never_runs_backwards() -> None:
 
 
 async def work(store: MemoryStore, session_id: str, admission: Admission) -> int:
-    """How many functions are called, Python's own included, to decide once."""
+    """The number of function calls in one decision, including built-in functions."""
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -65,8 +65,8 @@ async def test_an_admission_scans_neither_sessions_nor_tools() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_remembered_counts_as_work() -> None:
-    """A busy session can have too many answers for one slice of a sweep."""
+async def test_remembered_answers_count_towards_a_slice() -> None:
+    """A busy session can have too many remembered answers for one slice of a sweep."""
     store = MemoryStore(StoreLimits(retention_secs=0))
     session = await opened(store)
     for number in range(25):

@@ -1,4 +1,4 @@
-"""Jobs that share commits, with a commit that lasts as long as the test wants."""
+"""Group commit, with commits that last as long as the test wants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 
 
 class SlowDisk:
-    """Commits when it is told to."""
+    """Commits when the test allows it."""
 
     def __init__(self) -> None:
         self.groups: list[list[Any]] = []
@@ -52,7 +52,7 @@ async def started(disk: SlowDisk) -> None:
     assert await asyncio.to_thread(disk.committing.wait, 30)
 
 
-async def test_what_arrives_during_a_commit_shares_the_next_one_in_order(
+async def test_jobs_that_arrive_during_a_commit_share_the_next_one_in_order(
     commits: GroupCommit, disk: SlowDisk
 ) -> None:
     first = submit(commits, "first")
@@ -67,7 +67,7 @@ async def test_what_arrives_during_a_commit_shares_the_next_one_in_order(
     assert disk.groups == [["first"], [0, 1, 2, 3, 4]]
 
 
-async def test_an_outcome_that_is_an_error_is_raised_to_its_own_caller(
+async def test_an_error_is_raised_only_to_its_own_caller(
     commits: GroupCommit, disk: SlowDisk
 ) -> None:
     disk.may_commit.set()
@@ -78,7 +78,7 @@ async def test_an_outcome_that_is_an_error_is_raised_to_its_own_caller(
         await bad
 
 
-async def test_a_caller_who_gave_up_in_time_costs_nothing(
+async def test_a_job_cancelled_before_its_commit_does_not_run(
     commits: GroupCommit, disk: SlowDisk
 ) -> None:
     first = submit(commits, "first")
@@ -93,7 +93,7 @@ async def test_a_caller_who_gave_up_in_time_costs_nothing(
     assert disk.groups == [["first"], ["stays"]]
 
 
-async def test_a_caller_who_gives_up_too_late_disturbs_nobody(
+async def test_a_job_cancelled_during_its_commit_affects_no_other(
     commits: GroupCommit, disk: SlowDisk
 ) -> None:
     gone, stays = submit(commits, "gone"), submit(commits, "stays")
@@ -105,7 +105,7 @@ async def test_a_caller_who_gives_up_too_late_disturbs_nobody(
     assert disk.groups == [["gone", "stays"]]
 
 
-async def test_draining_waits_for_everything(disk: SlowDisk) -> None:
+async def test_draining_waits_for_every_job(disk: SlowDisk) -> None:
     commits = GroupCommit(disk.commit, "test")
     jobs = [submit(commits, number) for number in range(3)]
     await started(disk)
@@ -119,7 +119,7 @@ async def test_draining_waits_for_everything(disk: SlowDisk) -> None:
     assert [await job for job in jobs] == [0, 1, 2]
 
 
-async def test_a_commit_that_cannot_be_made_is_told_to_every_caller() -> None:
+async def test_a_failed_commit_is_raised_to_every_caller() -> None:
     def broken(jobs: Sequence[Job]) -> list[Any]:
         raise RuntimeError("no commit")
 

@@ -1,4 +1,4 @@
-"""What only the SQLite store has: a file, its schema, and commits that can fail."""
+"""The SQLite store alone: its file, its schema, and commits that fail."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def store(file: Path, clock: ManualClock) -> AsyncIterator[SqliteStore]:
 
 
 def database(store: SqliteStore) -> sqlite3.Connection:
-    """The store's own connection, to put obstacles in its way."""
+    """The store's own connection, to inspect it or to make it fail."""
     return store._file.db
 
 
@@ -53,7 +53,9 @@ class TestUrl:
             ("sqlite:///s.db?synchronous=full", "/s.db", "full"),
         ],
     )
-    def test_it_says_where_and_how_safe(self, url: str, path: str, synchronous: str) -> None:
+    def test_a_url_gives_path_and_durability(
+        self, url: str, path: str, synchronous: str
+    ) -> None:
         assert Location.of_url(url) == (Path(path), synchronous)
 
     @pytest.mark.parametrize(
@@ -76,12 +78,12 @@ class TestUrl:
             "sqlite:///s.db?synchronous=full&synchronous=normal",
         ],
     )
-    def test_anything_else_is_refused(self, url: str) -> None:
+    def test_any_other_url_is_rejected(self, url: str) -> None:
         with pytest.raises(ValueError, match=r"sqlite:///|synchronous"):
             open_store(url, StoreLimits())
 
     @pytest.mark.parametrize(("option", "level"), [("", 2), ("?synchronous=normal", 1)])
-    async def test_commits_are_as_safe_as_it_says(
+    async def test_commits_are_as_durable_as_the_url_says(
         self, file: Path, option: str, level: int
     ) -> None:
         store = open_store(f"sqlite://{file}{option}", StoreLimits())
@@ -95,13 +97,15 @@ class TestUrl:
 
 
 class TestFile:
-    async def test_only_the_owner_can_read_it(self, store: SqliteStore, file: Path) -> None:
+    async def test_only_the_owner_can_read_the_files(
+        self, store: SqliteStore, file: Path
+    ) -> None:
         await opened(store)
 
         for each in file.parent.iterdir():
             assert stat.S_IMODE(each.stat().st_mode) == 0o600, each
 
-    async def test_it_has_one_owner(self, store: SqliteStore, file: Path) -> None:
+    async def test_a_file_has_one_owner(self, store: SqliteStore, file: Path) -> None:
         second = SqliteStore(Location(file, "normal"), StoreLimits())
 
         with pytest.raises(StoreUnusable, match="another process"):
@@ -109,10 +113,10 @@ class TestFile:
 
         await opened(store)
 
-    async def test_a_second_name_for_the_file_is_refused(
+    async def test_a_hard_link_to_the_file_is_refused(
         self, store: SqliteStore, file: Path
     ) -> None:
-        """Under it there would be another owner and another log."""
+        """Under the second name it would have another owner and another log."""
         other = file.with_name("other.db")
         other.hardlink_to(file)
 
@@ -125,7 +129,7 @@ class TestFile:
         await store.ping()
 
     @pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
-    async def test_a_file_that_is_taken_away_is_noticed(
+    async def test_a_file_that_is_moved_away_is_noticed(
         self, store: SqliteStore, file: Path, suffix: str
     ) -> None:
         session = await opened(store)
@@ -140,7 +144,7 @@ class TestFile:
         assert isinstance(decision, Admitted)
         assert decision.session.calls_made == 1
 
-    async def test_it_needs_no_folder_for_temporary_files(self, store: SqliteStore) -> None:
+    async def test_no_temporary_folder_is_needed(self, store: SqliteStore) -> None:
         in_memory = 2
         assert database(store).execute("PRAGMA temp_store").fetchone() == (in_memory,)
 
@@ -166,7 +170,7 @@ class TestFile:
         assert isinstance(outcomes[0], StoreUnavailable)
         assert isinstance(outcomes[1], Admitted)
 
-    async def test_a_store_whose_clock_is_gone_is_one_sentence(self, file: Path) -> None:
+    async def test_a_missing_clock_is_reported_as_damage(self, file: Path) -> None:
         store = SqliteStore(Location(file, "normal"), StoreLimits())
         await store.open()
         await store.aclose()
@@ -179,7 +183,7 @@ class TestFile:
             with pytest.raises(StoreUnusable, match="damaged"):
                 await SqliteStore(Location(file, "normal"), StoreLimits()).open()
 
-    async def test_a_wall_clock_far_behind_is_told(
+    async def test_a_wall_clock_far_behind_is_logged(
         self, file: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
     ) -> None:
         for _ in range(2):
@@ -190,9 +194,7 @@ class TestFile:
 
         assert "3600 seconds behind" in caplog.text
 
-    async def test_a_closed_store_is_one_file_that_can_be_opened_again(
-        self, file: Path
-    ) -> None:
+    async def test_a_closed_store_is_one_file_and_opens_again(self, file: Path) -> None:
         for _ in range(2):
             store = SqliteStore(Location(file, "normal"), StoreLimits())
             await store.open()
@@ -204,7 +206,9 @@ class TestFile:
             "sessions.db-owner",
         }
 
-    async def test_the_file_itself_refuses_a_call_over_budget(self, store: SqliteStore) -> None:
+    async def test_the_schema_itself_rejects_a_call_over_budget(
+        self, store: SqliteStore
+    ) -> None:
         await opened(store, a_grant(call_budget=3))
 
         with pytest.raises(sqlite3.IntegrityError):
@@ -260,7 +264,7 @@ class TestSchema:
         assert db.execute("PRAGMA user_version").fetchone() == (3,)
         db.close()
 
-    def test_a_migration_that_fails_changes_nothing(self) -> None:
+    def test_a_failed_migration_changes_nothing(self) -> None:
         db = sqlite3.connect(":memory:", isolation_level=None)
         steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2); SELECT nonsense"]
 
@@ -274,13 +278,13 @@ class TestSchema:
 
 
 class TestFailingCommits:
-    async def test_nobody_is_admitted_and_nothing_is_charged(self, store: SqliteStore) -> None:
+    async def test_a_failed_commit_admits_and_charges_nothing(self, store: SqliteStore) -> None:
         session = await opened(store)
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()
         database(store).execute(f"PRAGMA max_page_count = {pages}")
         big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
 
-        # One that needs room, and with it all that share its commit.
+        # The creation finds no room, and fails all jobs that share its commit.
         outcomes = await asyncio.gather(
             store.record(session.session_id, a_call()),
             store.create(new_id(), big),
@@ -295,7 +299,7 @@ class TestFailingCommits:
         assert decision.session.calls_made == 1
         assert await store.count_active() == 1
 
-    async def test_counts_are_right_after_a_group_that_failed_at_its_end(
+    async def test_counts_are_right_after_a_group_fails_at_its_end(
         self, store: SqliteStore
     ) -> None:
         def fail() -> None:
@@ -311,7 +315,7 @@ class TestFailingCommits:
         assert await store.count_active() == 0
         assert store._transactions._tally == (0, 0, 0)
 
-    async def test_a_creation_that_failed_can_be_repeated(self, store: SqliteStore) -> None:
+    async def test_a_failed_creation_can_be_repeated(self, store: SqliteStore) -> None:
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()
         database(store).execute(f"PRAGMA max_page_count = {pages}")
         big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
@@ -325,7 +329,7 @@ class TestFailingCommits:
         assert not made.replayed
         assert await store.count_active() == 1
 
-    async def test_a_defect_fails_its_own_request_and_undoes_the_group(
+    async def test_a_defect_fails_its_own_request_and_rolls_back_the_group(
         self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         session = await opened(store)
@@ -351,10 +355,10 @@ class TestFailingCommits:
         assert after is not None
         assert after.calls_made == 0
 
-    async def test_no_session_comes_out_of_a_commit_that_failed(
+    async def test_a_failed_commit_leaves_no_session(
         self, store: SqliteStore, clock: ManualClock
     ) -> None:
-        """A row that was rolled back gives its number to the next session."""
+        """SQLite gives the row number of a rolled-back session to the next one."""
         session_id = new_id()
 
         def fill_and_fail() -> None:
@@ -409,7 +413,7 @@ class TestCost:
 
 
 class TestBackup:
-    async def test_a_copy_of_a_live_store_is_consistent_and_goes_on(
+    async def test_a_backup_of_a_live_store_is_consistent_and_usable(
         self, store: SqliteStore, file: Path, clock: ManualClock
     ) -> None:
         copy = file.with_name("copy.db")
@@ -439,11 +443,13 @@ class TestBackup:
         assert found is not None
         assert before.calls_made <= found.calls_made <= after.calls_made
 
-    async def test_nothing_is_overwritten(self, store: SqliteStore, file: Path) -> None:
+    async def test_a_backup_never_overwrites_a_file(
+        self, store: SqliteStore, file: Path
+    ) -> None:
         copy = file.with_name("copy.db")
         copy.write_text("precious")
 
-        with pytest.raises(StoreUnusable, match="there already"):
+        with pytest.raises(StoreUnusable, match="already exists"):
             back_up(f"sqlite://{file}", copy)
 
         assert copy.read_text() == "precious"
@@ -456,7 +462,9 @@ class TestBackup:
             back_up(f"sqlite://{file}", Path(name))
 
     @pytest.mark.parametrize("content", [None, b"", b"no database at all" * 100])
-    def test_what_is_no_store_is_not_copied(self, file: Path, content: bytes | None) -> None:
+    def test_a_file_that_is_not_a_store_is_not_copied(
+        self, file: Path, content: bytes | None
+    ) -> None:
         copy = file.with_name("copy.db")
         if content is not None:
             file.write_bytes(content)
@@ -467,8 +475,8 @@ class TestBackup:
         assert not list(file.parent.glob("copy.db*"))
 
 
-async def test_what_is_remembered_counts_as_work(store: SqliteStore) -> None:
-    """A busy session can have too many answers for one slice of a sweep."""
+async def test_remembered_answers_count_towards_a_slice(store: SqliteStore) -> None:
+    """A busy session can have too many remembered answers for one slice of a sweep."""
     session = await opened(store)
     for number in range(25):
         await store.record(session.session_id, a_call(), IdempotencyKey("a", str(number)))
