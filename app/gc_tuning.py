@@ -1,10 +1,10 @@
-"""Garbage collection that does not stop the service for long.
+"""Garbage collection with short pauses.
 
-A full collection looks into every container. Sessions are none (`app.domain.session`), but
-the lists that keep a million of them in order are. So after each full collection what has
-survived is frozen, that is, put where later collections do not look: each then sees only
-what came since the one before. A frozen object is still freed when the last reference to it
-goes; only a cycle that becomes garbage after it was frozen stays until the end.
+A full collection visits every container. The collector does not track sessions
+(`app.domain.session`), but it does track the lists that keep a million of them in order. So
+the survivors of each full collection are frozen: later collections skip them and visit only
+newer objects. A frozen object is still freed when its last reference goes. Only a cycle that
+becomes garbage after it was frozen stays until the service stops.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 THRESHOLDS = (700, 5, 1)
-"""Full collections often, since each looks at what is new only. Rarer young ones (5000) made
-pauses of 20 ms while a million sessions came and went."""
+"""Full collections are frequent, since each visits only new objects. A young threshold of 5000
+caused pauses of 20 ms while a million sessions came and went."""
 
 _FULL = 2
 
 
 @contextmanager
 def short_pauses() -> Iterator[None]:
-    """Freeze what survives each full collection, until the end of the block."""
+    """Freeze the survivors of each full collection until the end of the block."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()

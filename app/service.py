@@ -1,7 +1,7 @@
 """The use cases. Both lanes of the HTTP API call these and nothing below them.
 
-A denial comes back as a value; the exceptions are those of `app.domain.errors`, and mean
-that nothing was decided and nothing recorded.
+A denial is returned as a value. Exceptions come from `app.domain.errors` and mean that the
+service could not decide.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from app.store.contract import (
 )
 
 _UNDECIDED = (ArbiterError, asyncio.CancelledError)
-"""What leaves open whether something was done. The server cancels what takes too long when it
-has to stop."""
+"""Errors after which the outcome may be unknown. A server that shuts down cancels requests that
+take too long."""
 
 
 class SessionService:
-    """Issues, enforces and ends sessions in `store`, and tells `events` what happened."""
+    """Issues, enforces and ends sessions in `store`, and reports each outcome to `events`."""
 
     def __init__(self, store: SessionStore, events: Events, max_time_limit_secs: int) -> None:
         self._store = store
@@ -52,8 +52,11 @@ class SessionService:
         time_limit_secs: int | None,
         idempotency: IdempotencyKey | None = None,
     ) -> Admitted | Denied:
-        """Open a session. Without a time limit it gets the default, or this server's
-        maximum if that is shorter. Raises `InvalidField` for a limit above the maximum."""
+        """Create a session. If `time_limit_secs` is `None`, the default applies, or this
+        server's maximum if that is shorter.
+
+        Raises `InvalidField` for a time limit above the maximum.
+        """
         if time_limit_secs is None:
             time_limit_secs = min(DEFAULT_TIME_LIMIT_SECS, self._max_time_limit_secs)
         if time_limit_secs > self._max_time_limit_secs:
@@ -97,7 +100,7 @@ class SessionService:
         idempotency: IdempotencyKey | None = None,
         dry_run: bool = False,
     ) -> Awaitable[Admitted | Denied]:
-        """Admit and count all of the calls, or deny them all and change nothing."""
+        """Admit and count all the calls, or deny them all and change nothing."""
         admission = Admission(Operation.BATCH, tool_names, agent_id, data_sensitivity)
         return self._record(session_id, admission, actor, idempotency, dry_run=dry_run)
 
@@ -122,7 +125,7 @@ class SessionService:
         return decision
 
     async def close_session(self, session_id: str, actor: Actor) -> Session | Denied:
-        """End a session for good."""
+        """Close a session for good."""
         try:
             outcome = await self._store.close(session_id)
         except _UNDECIDED as error:
@@ -132,26 +135,28 @@ class SessionService:
         return outcome
 
     async def get_session(self, session_id: str) -> Session | None:
-        """The session as it is now."""
+        """The session as it is now, or `None` if it does not exist."""
         return await self._store.get(session_id)
 
     async def list_sessions(
         self, which: SessionFilter, *, limit: int, cursor: str | None
     ) -> Page:
-        """A page of sessions. Raises `InvalidField` for a cursor that is not ours."""
+        """A page of sessions. Raises `InvalidField` for a cursor that is not valid."""
         try:
             return await self._store.list_all(which, limit=limit, cursor=cursor)
         except InvalidCursor as error:
             raise InvalidField(
-                "query", "cursor", "Send the next_cursor of an earlier page, unchanged."
+                "query",
+                "cursor",
+                "The cursor is not valid. Send the next_cursor of an earlier page, unchanged.",
             ) from error
 
     async def count_active_sessions(self, agent_id: str) -> int:
-        """How many sessions of the agent are active; 0 for an agent never seen."""
+        """The number of active sessions of the agent; 0 for an agent never seen."""
         return await self._store.count_active_for_agent(agent_id)
 
     async def close_agent_sessions(self, agent_id: str, actor: Actor) -> int:
-        """The kill switch: close every active session of the agent; how many."""
+        """The kill switch: close every active session of the agent. Return their number."""
         try:
             closed = await self._store.close_sessions_for_agent(agent_id)
         except _UNDECIDED as error:
@@ -161,16 +166,16 @@ class SessionService:
         return closed
 
     def retire(self) -> None:
-        """Go on serving, but say that this process is not ready for more."""
+        """Keep serving, but report from now on that this process is not ready."""
         self._retiring = True
 
     async def ready(self) -> None:
-        """Return if requests can be served; raise `StoreUnavailable` or `ShuttingDown` if
-        not."""
+        """Return if the service is ready for requests. Raises `StoreUnavailable` or
+        `ShuttingDown` if it is not."""
         if self._retiring:
             raise ShuttingDown
         await self._store.ping()
 
     async def count_active(self) -> int:
-        """How many sessions are active."""
+        """The number of active sessions."""
         return await self._store.count_active()

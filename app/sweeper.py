@@ -10,11 +10,11 @@ from app.observability.events import Events
 from app.store.contract import SessionStore
 
 SLICE_SESSIONS = 200
-"""Sessions removed between two turns of the event loop: a few milliseconds of work."""
+"""Sessions removed before other tasks get a turn: a few milliseconds of work."""
 
 
 class Sweeper:
-    """Sweeps `store` every `interval_secs` until it is cancelled."""
+    """Sweeps `store` every `interval_secs`."""
 
     def __init__(
         self,
@@ -29,17 +29,17 @@ class Sweeper:
         self._sleep = sleep
 
     async def run(self) -> None:
-        """Sweep for ever. A sweep that fails is logged, and the next one still comes."""
+        """Sweep until cancelled. A sweep that fails is logged, and the next one still runs."""
         while True:
             await self._sleep(self._interval_secs)
             try:
                 await self.sweep()
-            except Exception:  # noqa: BLE001 - logged; the next sweep must come
+            except Exception:  # noqa: BLE001 - logged; the next sweep must run
                 self._events.sweep_failed()
 
     async def sweep(self) -> int:
-        """Remove everything that is due now, in slices that let other work in between;
-        how many sessions that was."""
+        """Remove every session that is due, in slices that let other tasks run in between.
+        Return the number of sessions removed."""
         started = time.perf_counter()
         removed, more = 0, True
         while more:

@@ -1,1 +1,1 @@
-"""Where the README's figures come from."""
+"""The benchmarks behind the documented figures."""

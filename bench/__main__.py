@@ -1,8 +1,8 @@
-"""`python -m bench [--quick]`: every figure of the README, in one run.
+"""`python -m bench [--quick]`: measure every documented figure in one run.
 
-Servers run one at a time under load, on one core, the load generator on another. The
-contestants take turns, round after round, so that a slow minute of the machine is
-everybody's; ratios are taken within a round, and their median is told.
+One server at a time is under load, on one core; the load generator has another. The
+contestants take turns in rounds, so that a slow minute of the machine affects all of them.
+Ratios are taken within a round, and their median is reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AUDITED = "Arbiter, audit log"
 def take_turns(
     contestants: dict[str, Target], rounds: int, secs: float, scratch: Path
 ) -> dict[str, list[Load]]:
-    """Rounds of load, each contestant once in each."""
+    """Run rounds of load, with each contestant once in each round."""
     for target in contestants.values():
         press(target, WARM_UP_SECS, scratch)
     found: dict[str, list[Load]] = {name: [] for name in contestants}
@@ -47,7 +47,7 @@ def take_turns(
 
 
 def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
-    """The contestants at 32 connections."""
+    """Load the contestants at 32 connections."""
     with ExitStack() as stack:
         fast = stack.enter_context(ours(scratch))
         contestants = {
@@ -64,7 +64,7 @@ def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
 
 
 def grow(sizes: list[int], rounds: int, secs: float, scratch: Path) -> dict[int, Load]:
-    """The service with more and more live sessions, a random one asked each time."""
+    """Load the service at growing numbers of live sessions, with calls to random ones."""
     with ExitStack() as stack:
         contestants = {
             str(size): stack.enter_context(ours(scratch, sessions=size)) for size in sizes
@@ -74,7 +74,7 @@ def grow(sizes: list[int], rounds: int, secs: float, scratch: Path) -> dict[int,
 
 
 def in_process(sessions: int) -> dict[str, float]:
-    """The figures of `bench.in_process`, from a process of its own."""
+    """Return the figures of `bench.in_process`, run as a separate process."""
     output = subprocess.run(
         [*pinned(SERVER_CORE), sys.executable, "-m", "bench.in_process", str(sessions)],
         check=True,
@@ -86,7 +86,7 @@ def in_process(sessions: int) -> dict[str, float]:
 
 
 class Found(NamedTuple):
-    """What a whole run found."""
+    """The results of a whole run."""
 
     turns: dict[str, list[Load]]
     stores: dict[str, list[Load]]
@@ -98,7 +98,7 @@ class Found(NamedTuple):
 
 
 def required(found: Found) -> list[Required]:
-    """What must be reached, and whether it was."""
+    """Return the targets with the measured values."""
     turns, stores, shared, sizes, parts, overloaded, idle = found
     batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
     few, many = min(sizes), max(sizes)
@@ -129,7 +129,7 @@ def required(found: Found) -> list[Required]:
         Required(
             f"SQLite, full ÷ memory, at {CONNECTIONS} connections",
             ratio(
-                stores[row_name("sqlite, full", CONNECTIONS)],
+                stores[row_name("SQLite, full", CONNECTIONS)],
                 stores[row_name("memory", CONNECTIONS)],
             ),
             0.5,
@@ -140,13 +140,13 @@ def required(found: Found) -> list[Required]:
             0.35,
         ),
         Required(
-            "p99 of the admitted at twice the capacity ÷ at the capacity",
+            "p99 of admitted calls at twice the capacity ÷ at capacity",
             overloaded.ratio,
             3,
             at_most=True,
         ),
         Required(
-            f"p99 beside {IDLE_CONNECTIONS} idle connections ÷ without",
+            f"p99 with {IDLE_CONNECTIONS} idle connections ÷ without",
             idle,
             1.3,
             at_most=True,
@@ -155,7 +155,7 @@ def required(found: Found) -> list[Required]:
 
 
 def machine() -> str:
-    """What this ran on."""
+    """Describe the machine and the load generator."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -171,9 +171,9 @@ def machine() -> str:
 
 
 def main() -> int:
-    """Run everything and print it; 0 also if something falls short."""
+    """Run every benchmark and print the results. Return 0 even if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="under two minutes, rougher")
+    parser.add_argument("--quick", action="store_true", help="rougher, in under two minutes")
     quick = parser.parse_args().quick
     rounds, secs = (2, 2.0) if quick else (5, 5.0)
     sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]
@@ -209,12 +209,12 @@ def main() -> int:
         print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
     print("\n| offered | calls/s | admitted | p99, ms | refused | p99, ms |")
     print("|---|---|---|---|---|---|")
-    print(overloaded.capacity.row("the capacity"))
-    print(overloaded.twice.row("twice that"))
+    print(overloaded.capacity.row("capacity"))
+    print(overloaded.twice.row("twice the capacity"))
     print("\n| in process | |\n|---|---|")
     for part, value in (parts | start).items():
         print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
-    print("\n| must reach | found | bound | |\n|---|---|---|---|")
+    print("\n| figure | found | target | |\n|---|---|---|---|")
     for figure in required(Found(turns, stores, shared, by_size, parts, overloaded, idle)):
         print(figure.row())
     if not quick:

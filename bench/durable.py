@@ -1,5 +1,5 @@
-"""What durability costs: calls per second next to the memory store, and starting with a full
-file."""
+"""The cost of durability: calls per second beside the memory store, and the time to start with
+a full file."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ TakeTurns = Callable[[dict[str, Target]], dict[str, list[Load]]]
 
 
 def row_name(store: str, connections: int) -> str:
-    """What a contestant is called."""
-    return f"{store}, {connections} connections"
+    """Return the name of a contestant's row."""
+    unit = "connection" if connections == 1 else "connections"
+    return f"{store}, {connections} {unit}"
 
 
 def compare_stores(scratch: Path, take_turns: TakeTurns) -> dict[str, list[Load]]:
-    """Calls per second of every store at every number of connections."""
+    """Load every store at every number of connections."""
     file = scratch / "sessions"
     stores = {
         "memory": "memory://",
-        "sqlite, normal": f"sqlite://{file}-normal.db?synchronous=normal",
-        "sqlite, full": f"sqlite://{file}-full.db",
+        "SQLite, normal": f"sqlite://{file}-normal.db?synchronous=normal",
+        "SQLite, full": f"sqlite://{file}-full.db",
     }
     with ExitStack() as stack:
         contestants = {}
@@ -46,11 +47,11 @@ def compare_stores(scratch: Path, take_turns: TakeTurns) -> dict[str, list[Load]
 
 
 def starting(sessions: int, scratch: Path) -> dict[str, float]:
-    """Seconds from start to ready, over an empty file and a full one."""
+    """Measure the seconds from start to ready, over an empty file and a full one."""
     file = scratch / "full.db"
     asyncio.run(_fill(file, sessions))
     return {
-        "start_with_no_session_secs": start_secs(f"sqlite://{scratch}/empty.db"),
+        "start_with_no_sessions_secs": start_secs(f"sqlite://{scratch}/empty.db"),
         f"start_with_{sessions}_sessions_secs": start_secs(f"sqlite://{file}"),
         "file_bytes_per_session": file.stat().st_size / sessions,
     }

@@ -1,5 +1,5 @@
-"""`python -m bench.filled SESSIONS FILE`: the service as `python -m app` serves it, over a
-memory store that already holds so many sessions. Call paths of some go into the file."""
+"""`python -m bench.filled SESSIONS FILE`: serve as `python -m app` does, over a memory store
+that already holds that many sessions. The call paths of a sample are written to the file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from app.store.memory.store import MemoryStore
 
 SESSIONS_PER_AGENT = 10
 ASKED = 20_000
-"""Sessions that are asked in turn, drawn from all: more than the service keeps encoded. A
-load generator with a table of a million paths stops for 100 ms itself to collect garbage."""
+"""Size of the sample: more sessions than the service keeps encoded. With a table of a million
+paths the load generator itself would pause for 100 ms to collect garbage."""
 
 
 async def fill(store: MemoryStore, sessions: int) -> list[str]:
-    """Put sessions into the store; their ids."""
+    """Create sessions in the store and return their ids."""
     ids = []
     agent = ""
     for number in range(sessions):

@@ -1,7 +1,7 @@
-"""`python -m bench.in_process SESSIONS`: what the parts cost without HTTP. Prints JSON.
+"""`python -m bench.in_process SESSIONS`: measure the parts without HTTP and print JSON.
 
-Pauses are in processor time of this thread, so that what other processes of the machine do
-does not count as ours.
+Pauses are measured in the CPU time of this thread, so that other processes on the machine do
+not count.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _AGENTS = [str(uuid.uuid4()) for _ in range(100_000)]
 
 
 async def micros(step: Callable[[], Awaitable[object]], times: int = CALLS) -> float:
-    """Microseconds a step takes: the median of several runs."""
+    """Return the microseconds that a step takes: the median of several runs."""
     runs = []
     for _ in range(REPEATS):
         started = time.perf_counter()
@@ -68,7 +68,7 @@ async def micros(step: Callable[[], Awaitable[object]], times: int = CALLS) -> f
 
 
 async def decisions(store: MemoryStore) -> dict[str, float]:
-    """One decision at several lengths of the allow-list, and one of a batch."""
+    """Time a call and a batch at several lengths of the allow-list."""
     found = {}
     for tools in (3, 32, 256):
         session_id = str(uuid.uuid4())
@@ -83,7 +83,7 @@ async def decisions(store: MemoryStore) -> dict[str, float]:
 
 
 class Pauses:
-    """The longest stretch of processor time between two turns of the event loop."""
+    """The longest stretch of CPU time between two turns of the event loop."""
 
     def __init__(self) -> None:
         self.longest_ms = 0.0
@@ -102,7 +102,7 @@ class Pauses:
 
 
 async def churn(store: MemoryStore, clock: Clock, sweeper: Sweeper, sessions: int) -> float:
-    """Sessions come, expire and are swept; the longest pause, in milliseconds."""
+    """Create, expire and sweep sessions; return the longest pause in milliseconds."""
     pauses = Pauses()
     watching = asyncio.create_task(pauses.watch())
     for second in range(CHURN_SECS):
@@ -118,7 +118,7 @@ async def churn(store: MemoryStore, clock: Clock, sweeper: Sweeper, sessions: in
 
 
 async def sweep_all(store: MemoryStore, clock: Clock) -> tuple[float, float]:
-    """Everything expires at once: seconds in all, milliseconds of the longest slice."""
+    """Expire and sweep everything; return the seconds in all and the longest slice in ms."""
     clock.now += 10_000 * MICROSECONDS
     started, longest, more = time.perf_counter(), 0.0, True
     while more:

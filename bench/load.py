@@ -1,5 +1,5 @@
-"""Load from one process on a core of its own: wrk if there is one, else a closed-loop client
-of asyncio, which is slower than what it measures and says so."""
+"""Load from one process on a separate core. It is wrk if installed, else a closed-loop asyncio
+client, which is slower than the servers it measures; the report names the one in use."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ end
 
 
 class Load(NamedTuple):
-    """What a round of load found."""
+    """The result of one round of load."""
 
     per_sec: float
     p99_ms: float
 
 
 class Target(NamedTuple):
-    """What to ask, over and over: a random one of the paths in a file."""
+    """Where to send requests: each goes to a random path from a file."""
 
     port: int
     paths: Path
@@ -50,13 +50,13 @@ class Target(NamedTuple):
 
 
 def pinned(cores: str) -> list[str]:
-    """How to start a command on some cores, where the system can."""
+    """Return the prefix that pins a command to cores, or nothing where that is impossible."""
     return ["taskset", "-c", cores] if shutil.which("taskset") and os.cpu_count() != 1 else []
 
 
 def press(target: Target, secs: float, scratch: Path) -> Load:
-    """Put load on a server for some seconds. Raises `RuntimeError` if any answer is not 2xx:
-    refusals would be cheaper than what is measured."""
+    """Put load on a server for `secs` seconds. Raises `RuntimeError` if any response is not
+    2xx: refusals are cheaper than the calls being measured."""
     environment = os.environ | {
         "BENCH_PATHS": str(target.paths),
         "BENCH_BODY": target.body,
@@ -87,14 +87,14 @@ def _parse_wrk(output: str) -> Load:
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
     p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", output)
     if rate is None or p99 is None:
-        raise RuntimeError(f"wrk said something unexpected:\n{output}")
+        raise RuntimeError(f"unexpected output from wrk:\n{output}")
     return Load(float(rate[1]), float(p99[1]) * _UNITS_MS[p99[2]])
 
 
 def _parse_own(output: str) -> Load:
     found = json.loads(output)
     if found["refused"]:
-        raise RuntimeError(f"not every call was admitted: {found['refused']} were not")
+        raise RuntimeError(f"{found['refused']} calls were not admitted")
     return Load(found["per_sec"], found["p99_ms"])
 
 

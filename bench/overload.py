@@ -1,8 +1,8 @@
-"""More calls than the service can take, and clients that only hold connections.
+"""More calls than the service can handle, and clients that only hold connections.
 
-The calls come from an open-loop client, which sends at a rate of its own and does not wait for
-answers, so that what is slow cannot slow it down. `python -m bench.overload PORT RATE SECS`
-prints what came back. Latency counts from when a request was due, not from when it was sent.
+The calls come from an open-loop client: it sends at a fixed rate and does not wait for
+responses, so a slow server cannot slow it down. Latency counts from when a request was due, not
+from when it was sent. `python -m bench.overload PORT RATE SECS` prints the result.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ IDLE_CONNECTIONS = 500
 
 
 class Offered(NamedTuple):
-    """What came of a rate of calls that was offered."""
+    """The result of offering calls at a fixed rate."""
 
     offered: float
     """Calls per second that were due."""
     admitted: float
     refused: float
     p99_ms: float
-    """Of the admitted."""
+    """Of admitted calls."""
     refused_p99_ms: float
 
     def row(self, name: str) -> str:
-        """A line of the table."""
+        """Return a row of the table."""
         return (
             f"| {name} | {self.offered:,.0f} | {self.admitted:,.0f} | {self.p99_ms:.1f} "
             f"| {self.refused:,.0f} | {self.refused_p99_ms:.1f} |"
@@ -51,7 +51,7 @@ class Offered(NamedTuple):
 
 
 def offer(target: Target, rate: float, secs: float) -> Offered:
-    """Offer so many calls per second from the core of the load."""
+    """Offer `rate` calls per second for `secs` seconds, from the load generator's core."""
     command = [sys.executable, "-m", "bench.overload", str(target.port), str(rate), str(secs)]
     environment = os.environ | {
         "BENCH_PATHS": str(target.paths),
@@ -70,20 +70,20 @@ def offer(target: Target, rate: float, secs: float) -> Offered:
 
 
 class Overload(NamedTuple):
-    """What the service takes, and what it makes of twice that."""
+    """The results at capacity and at twice the capacity."""
 
     capacity: Offered
     twice: Offered
 
     @property
     def ratio(self) -> float:
-        """How much longer the admitted take when twice as much is offered."""
+        """How many times longer admitted calls take at twice the capacity."""
         return self.twice.p99_ms / self.capacity.p99_ms
 
 
 def overload(scratch: Path, secs: float) -> Overload:
-    """Offer as much as the service was found to take, then twice that for some seconds, then
-    as much as it takes again."""
+    """Measure the capacity, then offer it, twice it, and it again. The result at capacity is
+    the mean of the two runs."""
     with ours(scratch) as target:
         per_sec = press(target, secs / 5, scratch).per_sec
         before = offer(target, per_sec, secs / 3)
@@ -94,8 +94,8 @@ def overload(scratch: Path, secs: float) -> Overload:
 
 
 def beside_idle(scratch: Path, rounds: int, secs: float) -> float:
-    """The p99 of calls while others hold connections and send nothing, or half a request,
-    divided by that without: the median of rounds that take turns."""
+    """Return the p99 of calls beside connections that send nothing or half a request, divided
+    by the p99 without them: the median of `rounds` rounds."""
     ratios = []
     with ours(scratch) as target:
         for _ in range(rounds):
@@ -110,7 +110,7 @@ def beside_idle(scratch: Path, rounds: int, secs: float) -> float:
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time. A response is told by its length."""
+    """A connection with one request at a time. Responses are delimited by their length."""
 
     def __init__(self, idle: deque[_Connection], found: dict[bytes, list[float]]) -> None:
         self._idle = idle
@@ -169,7 +169,7 @@ async def _offer(port: int, paths: list[str], rate: float, secs: float) -> Offer
         await asyncio.sleep(TICK_SECS)
     admitted, refused = found.pop(b"200", []), found.pop(b"503", [])
     if found:
-        raise SystemExit(f"unexpected answers: {list(found)}")
+        raise SystemExit(f"unexpected statuses: {list(found)}")
     return Offered(
         rate, len(admitted) / secs, len(refused) / secs, _p99_ms(admitted), _p99_ms(refused)
     )

@@ -14,7 +14,7 @@ CALLS_COLOUR, P99_COLOUR = "#2563eb", "#dc2626"
 
 
 class Required(NamedTuple):
-    """A figure that must be reached."""
+    """A target for one figure."""
 
     what: str
     value: float
@@ -35,7 +35,7 @@ class Required(NamedTuple):
 
 
 def median(rounds: list[Load]) -> Load:
-    """The medians of several rounds."""
+    """Return the medians of several rounds."""
     return Load(
         statistics.median(each.per_sec for each in rounds),
         statistics.median(each.p99_ms for each in rounds),
@@ -43,13 +43,13 @@ def median(rounds: list[Load]) -> Load:
 
 
 def ratio(some: list[Load], others: list[Load]) -> float:
-    """The median of the rounds' ratios of calls per second."""
+    """Return the median, over rounds, of the ratio of calls per second."""
     pairs = zip(some, others, strict=True)
     return statistics.median(one.per_sec / other.per_sec for one, other in pairs)
 
 
 def load_row(name: str, rounds: list[Load]) -> str:
-    """A contestant's row: medians, and the spread of the rate."""
+    """Return a contestant's row: medians, and the spread of the rate."""
     middle = median(rounds)
     rates = sorted(each.per_sec for each in rounds)
     return (
@@ -59,7 +59,7 @@ def load_row(name: str, rounds: list[Load]) -> str:
 
 
 def plot(found: dict[int, Load], file: Path) -> None:
-    """Throughput and p99 against live sessions, as SVG."""
+    """Plot throughput and p99 against live sessions, as SVG."""
     panel = (WIDTH - LEFT - GAP) / 2
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
     body = [

@@ -1,4 +1,4 @@
-"""The contestants: processes on one core, on ports of their own."""
+"""The contestants: server processes on one core, each on its own port."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STORED_SESSIONS = 1000
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -64,7 +64,7 @@ def _process(
 
 @contextmanager
 def peer(name: str, scratch: Path) -> Iterator[Target]:
-    """A peer from `bench/peers`, with one session if it has any."""
+    """Run a peer from `bench/peers`, with one session if it keeps sessions."""
     port = free_port()
     command = ["-m", "uvicorn", f"bench.peers.{name}:app", "--port", str(port)]
     command += ["--no-access-log", "--loop", "uvloop", "--http", "httptools"]
@@ -79,7 +79,7 @@ def peer(name: str, scratch: Path) -> Iterator[Target]:
 def ours(
     scratch: Path, *, sessions: int = 1, fast_lane: bool = True, **variables: str
 ) -> Iterator[Target]:
-    """The service with production defaults and a key, over a store of so many sessions."""
+    """Run the service with production defaults and a key, over a store with sessions."""
     port = free_port()
     key, token = new_key("gate", Scope.PROXY)
     paths = scratch / f"ours-{port}.paths"
@@ -96,17 +96,17 @@ def ours(
 
 @contextmanager
 def stored(scratch: Path, store_url: str, workers: int = 1) -> Iterator[Target]:
-    """The service as an operator starts it, over a store of its own with some sessions."""
+    """Run the service as an operator would, over its own store with some sessions."""
     port = free_port()
     key, token = new_key("gate", Scope.PROXY)
     authorization = f"Bearer {token}"
     paths = scratch / f"stored-{port}.paths"
     settings = _settings(port, str(key), store_url) | {
         "ARBITER_WORKERS": str(workers),
-        # More connections than the service would serve at once: none is turned away here.
+        # Some runs use more connections than the default limit; none of them must be shed.
         "ARBITER_MAX_REQUESTS_IN_FLIGHT": "1024",
     }
-    # One worker has the core that every contestant has; several have the machine.
+    # One worker has the same core as every contestant; several have both cores.
     cores = SERVER_CORE if workers == 1 else f"{SERVER_CORE},{LOAD_CORE}"
     with _process(["-m", "app"], port, "/readyz", cores, **settings):
         base, headers = f"http://127.0.0.1:{port}", {"authorization": authorization}
@@ -117,7 +117,7 @@ def stored(scratch: Path, store_url: str, workers: int = 1) -> Iterator[Target]:
 
 
 def start_secs(store_url: str) -> float:
-    """How long it takes from the start of the service until it is ready."""
+    """Return the seconds from starting the service until it is ready."""
     port = free_port()
     started = time.perf_counter()
     with _process(["-m", "app"], port, "/readyz", **_settings(port, "", store_url)):
@@ -134,7 +134,7 @@ def _settings(port: int, keys: str, store_url: str) -> dict[str, str]:
 
 
 def batches(target: Target, scratch: Path) -> Target:
-    """The same sessions, asked for batches."""
+    """Return the same target, but for batches."""
     paths = scratch / f"batch-{target.port}.paths"
     paths.write_text(target.paths.read_text().replace("/calls", "/batch"))
     return target._replace(paths=paths, body=BATCH)

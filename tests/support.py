@@ -1,4 +1,4 @@
-"""Shorthands for tests: a clock that tests own, and values with sensible defaults."""
+"""Shorthands for tests: a manual clock, and values with sensible defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ START = 1_767_268_800 * MICROSECONDS
 
 @dataclass
 class ManualClock:
-    """A clock that moves when a test says so."""
+    """A clock that moves only when a test advances it."""
 
     now: int = START
 
@@ -34,7 +34,7 @@ def new_id() -> str:
 
 
 def a_grant(*tools: str, **terms: Any) -> Grant:
-    """A grant for these tools, `read_file` and `list_dir` if none are named."""
+    """A grant for `tools`, or for `read_file` and `list_dir` if none are given."""
     terms = {"agent_id": AGENT, "declared_intent": "read and analyse files"} | terms
     return Grant(authorized_tools=AllowList.of(tools or ("read_file", "list_dir")), **terms)
 
@@ -55,14 +55,14 @@ def a_batch(
 
 
 async def opened(store: SessionStore, grant: Grant | None = None) -> Session:
-    """A new session in `store`."""
+    """Create a session in `store`."""
     created = await store.create(new_id(), grant or a_grant())
     assert isinstance(created, Admitted)
     return created.session
 
 
 def session_request(**fields: Any) -> dict[str, Any]:
-    """The body of a creation."""
+    """The JSON body of a request that creates a session."""
     return {
         "agent_id": AGENT,
         "declared_intent": "read and analyse files",

@@ -1,4 +1,4 @@
-"""Garbage collection that looks at everything once."""
+"""Garbage collection that visits each survivor once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.gc_tuning import short_pauses
 from tests.support import START, a_grant, new_id
 
 
-def test_what_survives_a_full_collection_is_not_looked_at_again() -> None:
+def test_survivors_of_a_full_collection_are_not_visited_again() -> None:
     thresholds = gc.get_threshold()
     with short_pauses():
         kept: list[Any] = [[] for _ in range(1000)]
@@ -27,7 +27,7 @@ def test_what_survives_a_full_collection_is_not_looked_at_again() -> None:
     assert kept
 
 
-def test_sessions_are_nothing_to_collect() -> None:
+def test_the_collector_does_not_track_sessions() -> None:
     session = Session.opened(new_id(), a_grant(), START)
 
     assert not gc.is_tracked(session)

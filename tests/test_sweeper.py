@@ -1,4 +1,4 @@
-"""The task that removes ended sessions, without waiting for anything."""
+"""The sweeper, without real waiting."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests.support import ManualClock, a_grant, new_id, opened
 pytestmark = pytest.mark.anyio
 
 
-class Nights:
-    """Sleeps that take no time; `after` them the sweeper is cancelled."""
+class FakeSleep:
+    """Sleeps that take no time. After `limit` of them the sweeper is cancelled."""
 
-    def __init__(self, after: int) -> None:
-        self.asked: list[float] = []
-        self._after = after
+    def __init__(self, limit: int) -> None:
+        self.intervals: list[float] = []
+        self._limit = limit
 
     async def __call__(self, secs: float) -> None:
         if secs:
-            self.asked.append(secs)
-            if len(self.asked) > self._after:
+            self.intervals.append(secs)
+            if len(self.intervals) > self._limit:
                 raise asyncio.CancelledError
 
 
-async def test_a_sweep_removes_all_that_is_due_in_slices(make_store: MakeStore) -> None:
+async def test_a_sweep_removes_every_due_session_in_slices(make_store: MakeStore) -> None:
     store = await make_store(retention_secs=0)
     due = 2 * SLICE_SESSIONS + 1
     for _ in range(due):
@@ -56,7 +56,7 @@ async def test_a_sweep_removes_all_that_is_due_in_slices(make_store: MakeStore) 
     assert await store.get(alive.session_id) is not None
 
 
-async def test_sweeps_come_at_their_interval_even_after_one_failed(
+async def test_sweeps_continue_at_their_interval_after_one_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure_logs("json", "info")
@@ -70,22 +70,22 @@ async def test_sweeps_come_at_their_interval_even_after_one_failed(
                 raise RuntimeError("disk on fire")
             return await super().cleanup_expired(limit)
 
-    store, nights = Flaky(StoreLimits()), Nights(3)
-    sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60, nights)
+    store, sleep = Flaky(StoreLimits()), FakeSleep(3)
+    sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60, sleep)
 
     with pytest.raises(asyncio.CancelledError):
         await sweeper.run()
 
-    assert nights.asked == [60, 60, 60, 60]
+    assert sleep.intervals == [60, 60, 60, 60]
     assert store.sweeps == 3
     assert "disk on fire" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make_store", ["memory", "sqlite"], indirect=True)
-async def test_sessions_that_come_and_go_leave_no_memory_behind(
+async def test_swept_sessions_leave_no_memory_behind(
     make_store: MakeStore, clock: ManualClock
 ) -> None:
-    """In the stores that hold them, or decide about them, in this process alone."""
+    """Only for stores that keep sessions, or decide about them, in this process."""
     store = await make_store(retention_secs=0)
     sweeper = Sweeper(store, Events(Metrics(), log_admissions=False), 60)
 

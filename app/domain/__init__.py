@@ -1,1 +1,1 @@
-"""The rules, pure: no I/O, no clock, no framework."""
+"""The rules, as pure functions and values: no I/O, no clock, no framework."""

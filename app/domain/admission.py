@@ -1,16 +1,16 @@
-"""Admission: may this session make these calls now, and what does it look like if it does.
+"""Admission: decide whether a session may make these calls now, and count them if so.
 
-The store checks rule 1, that the session exists. `check_usable` checks rules 2 to 4, `decide`
-rules 2 to 8. The first rule that fails names the denial; every one of rules 5 to 8 that fails
-is listed.
+The store checks rule 1, that the session exists. `check_usable` checks rules 2 to 4, and
+`decide` checks rules 2 to 8. The first rule that fails names the denial. The denial lists
+every one of rules 5 to 8 that fails. Each rule requires:
 
-    2  agent_mismatch        the caller named another agent
-    3  session_closed
-    4  session_expired       alive while now < expires_at
-    5  budget_exceeded       alive while calls_made + n <= call_budget
-    6  tool_not_authorized   every tool must be on the allow-list
-    7  sensitivity_exceeded  the tier may equal the ceiling
-    8  rate_limited          window calls + n may equal the limit; an elapsed window is empty
+    2  agent_mismatch        the caller names the session's agent, or no agent
+    3  session_closed        the session is not closed
+    4  session_expired       now < expires_at
+    5  budget_exceeded       calls_made + n <= call_budget
+    6  tool_not_authorized   every tool is on the allow-list
+    7  sensitivity_exceeded  the tier is at most the ceiling
+    8  rate_limited          window calls + n <= limit; an elapsed window counts as empty
 
 An empty batch is subject to rules 2 to 4 only.
 """
@@ -27,14 +27,14 @@ from app.domain.session import MICROSECONDS, DataSensitivity, Session
 
 
 class Operation(StrEnum):
-    """The two ways to ask for admission; a call and a batch of one are different requests."""
+    """How admission is requested. A call and a batch of one are different requests."""
 
     CALL = "call"
     BATCH = "batch"
 
 
 class DenialCode(StrEnum):
-    """Why the service said no: the machine contract, as it stands on the wire."""
+    """Why a request was denied. The values are the codes on the wire."""
 
     SESSION_NOT_FOUND = "session_not_found"
     AGENT_MISMATCH = "agent_mismatch"
@@ -49,7 +49,7 @@ class DenialCode(StrEnum):
 
 
 class NextAction(StrEnum):
-    """What the caller can usefully do about a denial."""
+    """What the caller can do about a denial."""
 
     WAIT = "wait"
     USE_AUTHORIZED_TOOL = "use_authorized_tool"
@@ -59,7 +59,7 @@ class NextAction(StrEnum):
 
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
-    """A request for admission: what an idempotent retry must repeat."""
+    """A request for admission. An idempotent retry must repeat it unchanged."""
 
     operation: Operation
     tool_names: tuple[str, ...]
@@ -68,57 +68,59 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
 
 
 class Violation(NamedTuple):
-    """One of rules 5 to 8 that failed, with the figures that a rule about numbers has."""
+    """One of rules 5 to 8 that failed, with the figures of a budget or rate limit."""
 
     code: DenialCode
     limit: int | None = None
     used: int | None = None
     tool_indexes: tuple[int, ...] = ()
-    """Places in the batch, from 0, of the tools that are not authorised."""
+    """Positions in the batch, from 0, of the unauthorised tools."""
 
 
 class Admitted(msgspec.Struct, frozen=True, gc=False):
-    """Yes. `session` is the session after the calls were counted."""
+    """The request was admitted. `session` is the session after it."""
 
     session: Session
     replayed: bool = False
-    """Whether this repeats an earlier answer to the same idempotency key."""
+    """Whether this is the answer to an earlier request with the same idempotency key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """No. Nothing has changed."""
+    """The request was denied. Nothing has changed."""
 
     code: DenialCode
     next_action: NextAction
     session: Session | None = None
     violations: tuple[Violation, ...] = ()
     retry_after_secs: int | None = None
-    """Seconds after which the same request can pass; `None` if waiting cannot help."""
+    """Seconds until the same request can pass, or `None` if waiting cannot help."""
     limit: int | None = None
     used: int | None = None
 
 
 NO_SESSION = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
-"""Rule 1: there is no such session."""
+"""Rule 1: the session does not exist."""
 
 KEY_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
-"""The idempotency key came with another request before."""
+"""The idempotency key was used before, for a different request."""
 
 
 def too_many_sessions(cap: int, active: int) -> Denied:
-    """The agent has `active` sessions and may have `cap`."""
+    """The denial of a creation when the agent has `active` of `cap` active sessions."""
     return Denied(DenialCode.TOO_MANY_SESSIONS, NextAction.STOP, limit=cap, used=active)
 
 
 def already_closed(session: Session) -> Denied:
-    """Rule 3: somebody has closed the session."""
+    """Rule 3: the session is closed."""
     return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session)
 
 
 def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | None:
-    """Rules 2 to 4: the denial of a caller who may not use this session now, whatever the
-    call, or `None`."""
+    """Apply rules 2 to 4, which do not depend on the calls, at the instant `now`.
+
+    Return the denial, or `None` if the caller may use the session.
+    """
     if agent_id is not None and agent_id != session.grant.agent_id:
         return Denied(DenialCode.AGENT_MISMATCH, NextAction.STOP, session.at(now))
     if session.closed_at is not None:
@@ -131,8 +133,8 @@ def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | N
 def decide(session: Session, admission: Admission, now: int) -> Admitted | Denied:
     """Apply rules 2 to 8 at the instant `now`.
 
-    `now` must not be earlier than any instant at which this session was decided before;
-    a store whose clock can step back holds it still instead.
+    `now` must never be earlier than in a previous decision about the same session. A store
+    whose clock can step back holds it still instead.
     """
     tools, agent_id = admission.tool_names, admission.agent_id
     if session.closed_at is not None or now >= session.expires_at or agent_id is not None:
@@ -158,7 +160,7 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
 
 
 def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> Denied:
-    """The denial of so many calls by rules 5 to 8; `session` is as of now."""
+    """The denial of `calls` calls for these violations. `session` is as of now."""
     first = violations[0]
     next_action, retry_after_secs = _NEXT_ACTION.get(first.code, NextAction.STOP), None
     if first.code is DenialCode.RATE_LIMITED:
@@ -184,7 +186,7 @@ _NEXT_ACTION = {
 def violation(
     code: DenialCode, session: Session, tool_indexes: tuple[int, ...] = ()
 ) -> Violation:
-    """The violation of one of rules 5 to 8 by a session as of now, with its figures."""
+    """A violation of one of rules 5 to 8, with its figures. `session` is as of now."""
     grant = session.grant
     if code is DenialCode.BUDGET_EXCEEDED:
         return Violation(code, grant.call_budget, session.calls_made)
@@ -217,10 +219,10 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
 
 
 def _when_rate_allows(session: Session, n: int) -> tuple[NextAction, int | None]:
-    """What to do about `rate_limited`, and after how many seconds.
+    """The next action after `rate_limited`, and the wait in seconds if waiting helps.
 
-    Waiting helps only if some window could hold the request and the session is still
-    alive when that window opens.
+    Waiting helps only if a window can hold the request and the session is still active
+    when the next window opens.
     """
     limit = session.grant.rate_limit_per_minute
     if limit is None or n > limit:

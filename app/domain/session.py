@@ -1,13 +1,13 @@
 """A task session: one agent's grant for one task, and how much of it has been used.
 
-Instants are integer microseconds since the Unix epoch, in UTC, everywhere inside the
-service; names that end in `_secs` are whole seconds, the unit of the wire.
+Inside the service, instants are integer microseconds since the Unix epoch, in UTC. Names
+that end in `_secs` are whole seconds, the unit on the wire.
 
-All values here are immutable. What changes during a session's life is a handful of
-counters, so a store replaces the `Session` and every `Session` handed out is a snapshot.
+All values here are immutable. A store replaces the `Session` when its counters change, so
+every `Session` it returns is a snapshot.
 
-Both are msgspec structs with `gc=False`: they can be part of no cycle, and a million of
-them must not be looked at by the garbage collector.
+`Grant` and `Session` are msgspec structs with `gc=False`. They cannot be part of a
+reference cycle, and the garbage collector must not visit a million of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_DELEGATION_CHARS = 256
 
 
 class DataSensitivity(StrEnum):
-    """How sensitive the data is that a call touches, lowest tier first."""
+    """The sensitivity of the data that a call touches, lowest tier first."""
 
     PUBLIC = "public"
     INTERNAL = "internal"
@@ -41,11 +41,11 @@ class DataSensitivity(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 for the lowest tier, and one more for each above it."""
+        """The position of the tier, from 0 for the lowest."""
         return _TIER[self]
 
     def exceeds(self, ceiling: DataSensitivity) -> bool:
-        """Whether this tier lies above `ceiling`."""
+        """Return whether this tier is above `ceiling`."""
         return _TIER[self] > _TIER[ceiling]
 
 
@@ -53,7 +53,7 @@ _TIER = {tier: rank for rank, tier in enumerate(DataSensitivity)}
 
 
 class SessionStatus(StrEnum):
-    """Where a session is in its life. A closed session stays closed when its time runs out."""
+    """Where a session is in its life. A closed session stays closed past its deadline."""
 
     ACTIVE = "active"
     CLOSED = "closed"
@@ -61,7 +61,7 @@ class SessionStatus(StrEnum):
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What a session allows; fixed when it is created."""
+    """What a session allows, fixed at its creation."""
 
     agent_id: str
     declared_intent: str
@@ -70,7 +70,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     time_limit_secs: int = DEFAULT_TIME_LIMIT_SECS
     call_budget: int = DEFAULT_CALL_BUDGET
     rate_limit_per_minute: int | None = None
-    """Calls per window, despite the name; `None` is no limit, 0 admits nothing."""
+    """Calls per window, despite the name. `None` means no limit; 0 admits no call."""
     rate_limit_window_secs: int = DEFAULT_RATE_LIMIT_WINDOW_SECS
     data_sensitivity_ceiling: DataSensitivity = DataSensitivity.INTERNAL
 
@@ -91,13 +91,13 @@ class Session(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def opened(cls, session_id: str, grant: Grant, now: int) -> Session:
-        """The session that begins `now`; its first rate window opens with it."""
+        """A new session that begins at `now`, together with its first rate window."""
         expires_at = now + grant.time_limit_secs * MICROSECONDS
         return cls(session_id, grant, now, expires_at, now, 0, now, 0, None)
 
     @property
     def status(self) -> SessionStatus:
-        """Where the session is in its life, at `as_of`."""
+        """Where the session is in its life at `as_of`."""
         if self.closed_at is not None:
             return SessionStatus.CLOSED
         if self.as_of >= self.expires_at:
@@ -120,7 +120,7 @@ class Session(msgspec.Struct, frozen=True, gc=False):
         return self.rate_window_start + self.grant.rate_limit_window_secs * MICROSECONDS
 
     def with_calls(self, n: int, now: int, *, new_window: bool) -> Session:
-        """The session after `n` more calls `now`, which open a new rate window or not."""
+        """The session after `n` more calls at `now`, in the current or a new rate window."""
         return Session(
             self.session_id,
             self.grant,
@@ -135,13 +135,13 @@ class Session(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def window_calls_used(self) -> int:
-        """Calls that count against the rate limit: those of a window not yet elapsed."""
+        """Calls that count against the rate limit; 0 once the window has elapsed."""
         return self.rate_window_calls if self.as_of < self.window_ends_at else 0
 
     def at(self, now: int) -> Session:
-        """The same session, seen `now`."""
+        """The same session as of `now`."""
         return msgspec.structs.replace(self, as_of=now)
 
     def with_closed(self, now: int) -> Session:
-        """The session after it was closed `now`."""
+        """The session after it was closed at `now`."""
         return msgspec.structs.replace(self, as_of=now, closed_at=now)

@@ -1,8 +1,8 @@
-"""Tool names, and the allow-list that says which of them a session may call.
+"""Tool names, and the allow-list of the tools that a session may call.
 
 A tool name is 1 to 128 characters of `A-Z a-z 0-9 _ . / : @ -`, compared byte for byte.
-An entry of an allow-list is such a name, or a pattern in which `*` stands for any run of
-characters, the empty one included.
+An entry of an allow-list is a tool name, or a pattern in which `*` matches any run of
+characters, including none.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MAX_BATCH = 256
 
 
 class AllowList:
-    """An immutable, compiled allow-list. Make one with `AllowList.of`.
+    """An immutable, compiled allow-list. Create one with `AllowList.of`.
 
-    Exact names cost one set look-up however many there are. Patterns cost one comparison
-    each, and none of them can be made to backtrack: a regular expression built from a
-    caller's `a*a*a*…` could hold the process for minutes.
+    All exact names together cost one set look-up. Each pattern costs one comparison and
+    never backtracks: a regular expression built from a caller's `a*a*a*…` could block the
+    process for minutes.
     """
 
     __slots__ = ("_exact", "_globs", "_hash", "_prefixes", "entries")
@@ -31,18 +31,18 @@ class AllowList:
         self._hash = hash(entries)
         self._exact = frozenset(entry for entry in entries if "*" not in entry)
         globs = [tuple(entry.split("*")) for entry in entries if "*" in entry]
-        # `fs.*` is by far the commonest shape; str.startswith tests all of them in one call.
+        # Most patterns look like `fs.*`, and one call of str.startswith tests all of those.
         self._prefixes = tuple(first for first, *rest in globs if rest == [""])
         self._globs = tuple(pieces for pieces in globs if pieces[1:] != ("",))
 
     @classmethod
     def of(cls, entries: Iterable[str]) -> AllowList:
-        """The allow-list with these entries. Equal ones are one object while they are among
-        the latest, since most sessions of a platform share a few of them."""
+        """The allow-list with these entries. The most recent ones are cached and shared,
+        because most sessions of a platform use the same few."""
         return _compiled(tuple(entries))
 
     def allows(self, name: str) -> bool:
-        """Whether a session with this allow-list may call the tool `name`."""
+        """Return whether a session with this allow-list may call the tool `name`."""
         return (
             name in self._exact
             or name.startswith(self._prefixes)
@@ -50,7 +50,7 @@ class AllowList:
         )
 
     def allows_all(self, names: tuple[str, ...]) -> bool:
-        """Whether every one of `names` may be called; true of none at all."""
+        """Return whether a session may call every tool in `names`; true if there are none."""
         return self._exact.issuperset(names) or all(map(self.allows, {*names}))
 
     def __eq__(self, other: object) -> bool:
@@ -71,10 +71,10 @@ def _compiled(entries: tuple[str, ...]) -> AllowList:
 
 
 def _matches(pieces: tuple[str, ...], name: str) -> bool:
-    """Whether `name` is the pieces in order with anything between them.
+    """Return whether `name` consists of `pieces` in order, with anything between them.
 
-    Taking the leftmost place for each middle piece is enough: any other choice leaves
-    less room for the pieces after it.
+    The leftmost match of each middle piece is enough: a later one leaves less room for the
+    pieces after it.
     """
     first, *middle, last = pieces
     end = len(name) - len(last)

@@ -1,1 +1,1 @@
-"""What operators see: logs and metrics."""
+"""Logs, metrics, traces and the audit log."""

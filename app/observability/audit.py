@@ -1,12 +1,12 @@
 """The audit log: one JSON line for every decision and every change in a session's life.
 
-The request only appends to a list in memory. A thread of its own turns entries into lines and
-writes them, a few at a time, so that it never keeps the event loop from the interpreter for
-long. If what it writes to is slower than what happens, or fails, the list is bounded: what
-finds no place is counted, and the log itself says how much is missing, where.
+A request only appends an entry to a queue in memory. A separate thread encodes and writes the
+entries in small batches, so it never holds the interpreter lock for long. The queue is bounded.
+Once it is full, because writing fails or falls behind, new entries are dropped and counted, and
+a `lost` line in the log records how many are missing at that point.
 
-A session id is a capability, so that none is written whole: the log has its first characters,
-and its SHA-256 for whoever knows the id and looks for it.
+A session id is a capability, so none is written whole. A line has its first characters, and
+its SHA-256 to find the lines of a known id.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from app.observability.metrics import Metrics
 
 STDOUT = "stdout"
 MAX_WAITING = 65_536
-"""Entries that wait to be written, a few hundred bytes each."""
+"""Most entries that may wait to be written, a few hundred bytes each."""
 
 LINES_AT_ONCE = 64
 WRITE_EVERY_SECS = 0.1
@@ -44,33 +44,33 @@ CLOSE_WITHIN_SECS = 5.0
 
 
 class Actor(NamedTuple):
-    """Who asked, and in which request."""
+    """Who caused an event, and with which request."""
 
     caller: str
-    """The name of the API key; empty where the service needs none."""
+    """The name of the API key; empty if the service runs without keys."""
     request_id: str
 
 
 NOBODY = Actor("", "")
-"""The service itself."""
+"""The actor of events that no request caused, such as sweeps."""
 
 
 class Counters(msgspec.Struct):
-    """The counters of a session at one moment."""
+    """A session's counters at one instant."""
 
     calls_made: int
     rate_window_calls: int
 
 
 class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What is written; a field that says nothing is left out."""
+    """One line of the log. Fields with their default value are left out."""
 
     at: str
     """RFC 3339, UTC."""
     event: str
     """`create`, `call`, `batch`, `close`, `close_agent`, `sweep`, `start`, `stop` or `lost`."""
     outcome: str = ""
-    """`admitted`, `replayed`, `done`, or the code of the denial or of the problem."""
+    """`admitted`, `replayed`, `done`, or the code of the denial or problem."""
     caller: str = ""
     request_id: str = ""
     session: str = ""
@@ -83,11 +83,11 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     before: Counters | None = None
     after: Counters | None = None
     count: int | None = None
-    """Of sessions or, if `lost`, of lines."""
+    """Sessions affected or, for `lost`, lines missing."""
 
 
 class Entry(NamedTuple):
-    """What happened, as it is noted while a request waits."""
+    """One event, as the request records it."""
 
     at: float
     event: str
@@ -97,18 +97,18 @@ class Entry(NamedTuple):
     agent_id: str = ""
     admission: Admission | None = None
     session: Session | None = None
-    """As the decision left it."""
+    """The session after the decision."""
     counted: int = 0
-    """Calls by which its counters grew."""
+    """Calls that the decision added to its counters."""
     dry_run: bool = False
     violations: tuple[str, ...] = ()
     number: int | None = None
-    """Of sessions or lines that this is about."""
+    """Sessions or lines that the event is about."""
 
 
 class AuditLog:
-    """Writes entries to `target`, a file's path or `stdout`. The file is made for its owner
-    only, and appended to; several processes can share it."""
+    """Writes entries to `target`: the path of a file, or `stdout`. The file is created with
+    mode 600 and appended to; several processes can share it."""
 
     def __init__(
         self, target: str, metrics: Metrics, now: Callable[[], float] = time.time
@@ -129,7 +129,7 @@ class AuditLog:
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
 
     def open(self) -> None:
-        """Begin. Raises `AuditUnusable` if the file cannot be written to."""
+        """Open the target and start the thread. Raises `AuditUnusable` if that fails."""
         try:
             self._file = self._opened()
         except OSError as error:
@@ -139,24 +139,25 @@ class AuditLog:
         self._thread.start()
 
     def reopen(self) -> None:
-        """Go on in a new file where the old one was, which has been moved away. Soon: this is
-        for signal handlers, in which no lock may be taken."""
+        """Have the thread reopen the file, after a rotation. This only sets a flag, because a
+        signal handler must not take a lock."""
         self._reopen = True
 
     async def aclose(self) -> None:
-        """Write what waits, for some seconds at most, and end."""
+        """Write the waiting entries and stop. What is left after `CLOSE_WITHIN_SECS` is
+        counted as lost."""
         self._closing = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join, CLOSE_WITHIN_SECS)
         left = len(self._waiting) + self._unwritten.count(b"\n")
         if left:
             self._lose(left)
-            get_logger().error("audit log not written to its end", lines=left)
+            get_logger().error("audit log closed with lines unwritten", lines=left)
 
-    # In the event loop.
+    # Called in the event loop.
 
     def note(self, event: str, outcome: str, actor: Actor, **details: object) -> None:
-        """Note something that is not an admission."""
+        """Record an event that is not an admission; `details` are fields of `Entry`."""
         self._add(Entry(self._now(), event, outcome, actor, **details))  # type: ignore[arg-type]
 
     def note_decision(
@@ -168,7 +169,7 @@ class AuditLog:
         *,
         dry_run: bool,
     ) -> None:
-        """Note what was decided about calls."""
+        """Record the decision on a call or a batch."""
         operation = admission.operation.value
         if isinstance(decision, Denied):
             entry = Entry(
@@ -207,7 +208,7 @@ class AuditLog:
         with self._losing:
             self._metrics.audit_dropped += lines
 
-    # In the thread.
+    # Run by the thread.
 
     def _run(self) -> None:
         while not (self._closing and not self._waiting and not self._unwritten):
@@ -239,7 +240,7 @@ class AuditLog:
         except OSError as error:
             get_logger().error("audit log cannot be reopened", reason=error.strerror)
             return
-        # What is half written belongs to the old file. If that has no room, the line is lost.
+        # A half-written line belongs to the old file. If it cannot be finished, it is lost.
         if self._mid_line and not self._try_to_write():
             _, _, self._unwritten = self._unwritten.partition(b"\n")
             self._lose(1)
@@ -248,7 +249,7 @@ class AuditLog:
         self._file = new
 
     def _try_to_write(self) -> bool:
-        """Write a few lines; whether that went well."""
+        """Write up to `LINES_AT_ONCE` lines and return whether that succeeded."""
         if not self._unwritten:
             self._unwritten = self._next_lines()
         try:
@@ -262,7 +263,7 @@ class AuditLog:
             self._failing = True
             return False
         if self._failing:
-            get_logger().info("audit log is written again")
+            get_logger().info("audit log can be written again")
         self._failing = False
         return True
 
@@ -278,10 +279,10 @@ class AuditLog:
 
 @contextmanager
 def reopen_on_sighup(audit: AuditLog | None) -> Iterator[None]:
-    """Reopen the log at SIGHUP, which without one does nothing: its default would end the
-    process."""
+    """Reopen the log at SIGHUP. Without a log the signal does nothing, because its default
+    action would end the process."""
     if threading.current_thread() is not threading.main_thread():
-        # A test runs the lifespan beside another event loop.
+        # Only the main thread can set signal handlers; a test may run the lifespan in another.
         yield
         return
 

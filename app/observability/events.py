@@ -1,4 +1,4 @@
-"""What happens to sessions, told once: to the log, the metrics and the audit log."""
+"""Events of sessions, each reported once: to the log, the metrics and the audit log."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
 
 
 class Events:
-    """Lifecycle and denials are logged at info, admitted calls at debug. With
-    `log_admissions` off, an admission costs two additions and no log record."""
+    """Lifecycle events and denials are logged at info, admitted calls at debug. With
+    `log_admissions` off, an admission only increments a counter: no log record is made."""
 
     def __init__(
         self, metrics: Metrics, *, log_admissions: bool, audit: AuditLog | None = None
@@ -29,18 +29,18 @@ class Events:
         self._log = get_logger()
 
     def started(self) -> None:
-        """The service begins to serve."""
+        """Report that the service has started."""
         if self._audit is not None:
             self._audit.note("start", "done", NOBODY)
 
     def stopped(self) -> None:
-        """The service has served its last request."""
+        """Report that the service has served its last request."""
         self._log.info("stopped")
         if self._audit is not None:
             self._audit.note("stop", "done", NOBODY)
 
     def created(self, agent_id: str, decision: Admitted | Denied, actor: Actor) -> None:
-        """A session was asked for."""
+        """Report the decision on a creation."""
         if isinstance(decision, Denied):
             if self._audit is not None:
                 self._audit.note("create", decision.code.value, actor, agent_id=agent_id)
@@ -76,10 +76,10 @@ class Events:
         *,
         dry_run: bool,
     ) -> None:
-        """Calls were asked for."""
+        """Report the decision on a call or a batch."""
         if self._audit is not None:
             self._audit.note_decision(session_id, admission, decision, actor, dry_run=dry_run)
-        # Not `.value`, which is a call: every admission passes here.
+        # Not `.value`, which is a function call: this runs for every admission.
         operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
         if isinstance(decision, Denied):
             self._metrics.decisions[operation, decision.code.value] += 1
@@ -114,7 +114,8 @@ class Events:
         agent_id: str = "",
         admission: Admission | None = None,
     ) -> None:
-        """Something was asked for, and it is not known whether it was done."""
+        """Report a request that failed with its outcome unknown. Only transient errors and
+        cancellation are audited."""
         if isinstance(error, asyncio.CancelledError):
             error = ShuttingDown()
         if self._audit is not None and isinstance(error, TransientError):
@@ -128,7 +129,7 @@ class Events:
             )
 
     def closed(self, session_id: str, outcome: Session | Denied, actor: Actor) -> None:
-        """A session was to be closed."""
+        """Report an attempt to close a session."""
         if isinstance(outcome, Denied):
             if self._audit is not None:
                 self._audit.note(
@@ -151,18 +152,18 @@ class Events:
         )
 
     def agent_closed(self, agent_id: str, closed: int, actor: Actor) -> None:
-        """The kill switch was used."""
+        """Report a use of the kill switch, which closed `closed` sessions."""
         if self._audit is not None:
             self._audit.note("close_agent", "done", actor, agent_id=agent_id, number=closed)
         self._metrics.ended["agent_closed"] += closed
         self._log.info("agent closed", agent_id=short(agent_id), closed=closed)
 
     def swept(self, swept: Swept) -> None:
-        """One slice of a sweep is done."""
+        """Report one slice of a sweep."""
         self._metrics.ended["expired"] += swept.expired
 
     def sweep_finished(self, removed: int, duration_secs: float) -> None:
-        """A whole sweep is done."""
+        """Report a whole sweep."""
         self._metrics.sweeps.observe(duration_secs)
         if removed:
             if self._audit is not None:
@@ -170,5 +171,5 @@ class Events:
             self._log.info("sessions swept", removed=removed)
 
     def sweep_failed(self) -> None:
-        """Called where the exception is being handled; it goes into the log."""
+        """Log the exception that ended a sweep; call this from the `except` clause."""
         self._log.exception("sweep failed")

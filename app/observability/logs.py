@@ -1,8 +1,8 @@
-"""Structured logs on standard error: JSON objects, one a line, or text for a terminal.
+"""Structured logs on standard error: one JSON object per line, or text for a terminal.
 
-Nothing a client sends can break or forge a line: JSON escapes it, and the terminal format
-prints every string, tracebacks aside, with its control characters escaped. Ids are
-shortened, since a whole session id is a capability.
+Nothing a client sends can break or forge a line. JSON escapes it, and the terminal format
+escapes control characters in every string except tracebacks. Ids are shortened, since a whole
+session id is a capability.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORT_ID_CHARS = 8
 
 
 def short(identifier: str) -> str:
-    """Enough of an id to tell log lines apart, too little to use it."""
+    """Return enough of an id to tell log lines apart, but too little to use it."""
     return identifier[:SHORT_ID_CHARS]
 
 
@@ -61,10 +61,10 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    # Says at info what our own lines say, and prints request data at debug.
+    # At info they repeat our own lines; at debug they print request data.
     for name in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-    # Its lines would hold whole session ids.
+    # Access lines would hold whole session ids.
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
     structlog.configure(
@@ -76,5 +76,5 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
 
 
 def get_logger() -> Any:
-    """The logger of the service."""
+    """Return the logger of the service."""
     return structlog.get_logger("arbiter")

@@ -1,4 +1,4 @@
-"""How late the event loop is: what every request waits for besides its own work."""
+"""Event-loop lag: what every request waits for besides its own work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def watch_loop_lag(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Measure until cancelled."""
+    """Measure the lag every `SAMPLE_EVERY_SECS` until cancelled."""
     while True:
         asked = clock()
         await sleep(SAMPLE_EVERY_SECS)

@@ -1,7 +1,7 @@
-"""Metrics in Prometheus' format.
+"""Metrics in the Prometheus text format.
 
-The hot path only adds to plain integers; they are turned into samples when somebody
-scrapes. No label ever holds something that a client sent.
+The hot path only adds to plain integers, which become samples at a scrape. No label ever holds
+a value that a client sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAG_BUCKETS_SECS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
 class Histogram:
-    """Counts of durations in seconds, by upper bound."""
+    """Counts of durations in seconds, by inclusive upper bound."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -43,12 +43,12 @@ class Histogram:
         self.total += duration_secs
 
     def add(self, counts: list[int], total: float) -> None:
-        """Count what another histogram with the same bounds has."""
+        """Add the counts of another histogram with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
         self.total += total
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, how many were at most that), as Prometheus wants them."""
+        """Return (upper bound, cumulative count) pairs, as Prometheus expects them."""
         pairs, seen = [], 0
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             seen += count
@@ -57,7 +57,7 @@ class Histogram:
 
 
 class Counts(msgspec.Struct):
-    """The counts of one process, as others can add them to theirs."""
+    """The counts of one process, in a form that others can add to their own."""
 
     version: str
 
@@ -74,7 +74,7 @@ class Counts(msgspec.Struct):
 
 
 class Metrics:
-    """The counters of one process."""
+    """The metrics of one process."""
 
     def __init__(self) -> None:
         self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
@@ -89,7 +89,7 @@ class Metrics:
         self.requests_in_flight = 0
 
     def request(self, method: str, route: str, status: int) -> Histogram:
-        """The durations of requests to `route`, a path template, that ended in `status`."""
+        """Return the durations of requests to `route`, a path template, that got `status`."""
         key = (method, route, status)
         known = self.requests.get(key)
         if known is None:
@@ -103,7 +103,7 @@ class Metrics:
         self.request(method, route, status).observe(duration_secs)
 
     def counts(self) -> Counts:
-        """What `add` takes."""
+        """Return the counts in the form that `add` takes."""
         return Counts(
             __version__,
             [(*labels, count) for labels, count in self.decisions.items()],
@@ -119,7 +119,7 @@ class Metrics:
         )
 
     def add(self, counts: Counts) -> None:
-        """Count what another process of this version has counted."""
+        """Add the counts of another process of the same version."""
         for operation, outcome, count in counts.decisions:
             self.decisions[operation, outcome] += count
         self.created += counts.created
@@ -136,7 +136,7 @@ class Metrics:
         self.requests_in_flight += counts.requests_in_flight
 
     def render(self, active_sessions: int | None) -> bytes:
-        """The text of a scrape; `None` says that the store does not answer."""
+        """Return the text of a scrape; `active_sessions` is `None` if the store is down."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Snapshot(self._families(active_sessions)))
         return generate_latest(registry)
@@ -144,38 +144,38 @@ class Metrics:
     def _families(self, active_sessions: int | None) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
             "arbiter_decisions",
-            "Decisions taken, by operation and outcome: admitted, replayed or a denial code.",
+            "Decisions by operation and outcome: admitted, replayed or a denial code.",
             labels=("operation", "outcome"),
         )
         for labels, count in self.decisions.items():
             decisions.add_metric(labels, count)
         yield decisions
         yield GaugeMetricFamily(
-            "arbiter_store_up", "Whether the store answers.", int(active_sessions is not None)
+            "arbiter_store_up", "Whether the store responds.", int(active_sessions is not None)
         )
         if active_sessions is not None:
             yield GaugeMetricFamily(
-                "arbiter_sessions_active", "Sessions that are active now.", active_sessions
+                "arbiter_sessions_active", "Active sessions.", active_sessions
             )
         yield CounterMetricFamily(
             "arbiter_sessions_created", "Sessions created.", value=self.created
         )
         ended = CounterMetricFamily(
             "arbiter_sessions_ended",
-            "Sessions ended; expired ones are counted when they are swept.",
+            "Sessions ended, by reason. Expired sessions are counted when they are swept.",
             labels=("reason",),
         )
         for reason, count in self.ended.items():
             ended.add_metric((reason,), count)
         yield ended
         sweeps = HistogramMetricFamily(
-            "arbiter_sweep_duration_seconds", "How long the sweeps of ended sessions took."
+            "arbiter_sweep_duration_seconds", "Duration of sweeps of ended sessions."
         )
         sweeps.add_metric((), self.sweeps.cumulative(), self.sweeps.total)
         yield sweeps
         requests = HistogramMetricFamily(
             "arbiter_http_request_duration_seconds",
-            "How long requests took, by method, route and status.",
+            "Duration of requests by method, route and status.",
             labels=("method", "route", "status"),
         )
         for (method, route, status), durations in self.requests.items():
@@ -185,7 +185,7 @@ class Metrics:
         yield requests
         refused = CounterMetricFamily(
             "arbiter_http_refused",
-            "Requests refused before they reached a route, by the code of the problem.",
+            "Requests refused before they reached a route, by problem code.",
             labels=("code",),
         )
         for code, count in self.refused.items():
@@ -193,7 +193,7 @@ class Metrics:
         yield refused
         yield CounterMetricFamily(
             "arbiter_audit_dropped",
-            "Lines that the audit log has lost: it could not be written as fast as needed.",
+            "Audit log lines lost because they could not be written in time.",
             value=self.audit_dropped,
         )
         yield GaugeMetricFamily(
@@ -201,16 +201,18 @@ class Metrics:
         )
         yield GaugeMetricFamily(
             "arbiter_http_requests_in_flight",
-            "Requests being served.",
+            "Requests in flight.",
             self.requests_in_flight,
         )
         lag = HistogramMetricFamily(
             "arbiter_event_loop_lag_seconds",
-            "How much later than asked for the event loop woke up, four times a second.",
+            "How late the event loop wakes up, sampled four times a second.",
         )
         lag.add_metric((), self.loop_lag.cumulative(), self.loop_lag.total)
         yield lag
-        build = GaugeMetricFamily("arbiter_build_info", "The version.", labels=("version",))
+        build = GaugeMetricFamily(
+            "arbiter_build_info", "Version of the service.", labels=("version",)
+        )
         build.add_metric((__version__,), 1)
         yield build
 

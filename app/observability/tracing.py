@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry, when `OTEL_EXPORTER_OTLP_ENDPOINT` says where they go.
+"""OpenTelemetry traces, exported when `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-FastAPI makes the spans of its own lane and the exporter; this makes the provider that both
-lanes use, and keeps whole session ids, which are capabilities, out of what is exported. The
-SDK is an optional extra: without it nothing here but its small API is imported.
+FastAPI makes the exporter and the spans of its own lane. This module makes the provider that
+both lanes use, and keeps whole session ids, which are capabilities, out of exported spans. The
+SDK is an optional extra: without it, only the small API package is imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SERVICE_NAME = "arbiter"
 EXTRA = "opentelemetry"
 
 REDACTED = "REDACTED"
-"""The value that OpenTelemetry's conventions give to what is left out."""
+"""The placeholder for removed values in OpenTelemetry's semantic conventions."""
 
 _ID = re.compile(
     rf"(/sessions/.{{{SHORT_ID_CHARS}}})[^/]*|([0-9a-f]{{8}})-?(?:[0-9a-f]{{4}}-?){{3}}[0-9a-f]{{12}}",
@@ -40,14 +40,14 @@ _FAILED = 500
 
 
 def tracing_enabled(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment says where traces go."""
+    """Return whether the environment names an endpoint and does not disable the SDK."""
     disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     return not disabled and any(environment.get(name) for name in ENDPOINTS)
 
 
 def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider | None:
-    """The provider of traces, or `None` if they are not asked for or cannot be made. The
-    standard variables of OpenTelemetry hold: `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and
+    """Return a tracer provider, or `None` if tracing is off or the SDK is not installed.
+    OpenTelemetry's standard variables apply: `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and
     so on."""
     if not tracing_enabled(environment):
         return None
@@ -56,7 +56,7 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
         from opentelemetry.sdk.trace import SpanProcessor  # noqa: PLC0415
         from opentelemetry.sdk.trace import TracerProvider as SdkProvider  # noqa: PLC0415
     except ImportError:
-        get_logger().warning("traces are asked for but cannot be made", missing_extra=EXTRA)
+        get_logger().warning("tracing is configured but not installed", missing_extra=EXTRA)
         return None
 
     class Redacting(SpanProcessor):
@@ -66,7 +66,7 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
             if "url.path" in attributes:
                 span.set_attribute("url.path", redacted(attributes["url.path"]))
             if "url.query" in attributes:
-                # A cursor has an id in it, and not as one would see it.
+                # A cursor contains an id in encoded form.
                 span.set_attribute("url.query", REDACTED)
 
     defaults = {"service.name": SERVICE_NAME, "service.version": __version__}
@@ -78,7 +78,7 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
 
 
 def redacted(path: str) -> str:
-    """The path with everything shortened that is an id or stands where one should."""
+    """Return the path with every UUID, and any segment in place of a session id, shortened."""
     return _ID.sub(lambda found: found[1] or found[2], path)
 
 
@@ -100,8 +100,8 @@ _HEADERS = _Headers()
 def server_span(
     tracer: Tracer, method: str, route: str, path: str, headers: Mapping[bytes, bytes]
 ) -> Iterator[Span]:
-    """The span of a request that is served outside of FastAPI, with the names that FastAPI
-    gives its own. It goes on from the caller's `traceparent` (W3C Trace Context)."""
+    """Open the span of a request that is served outside FastAPI, with the names that FastAPI
+    gives its own. It continues the caller's `traceparent` (W3C Trace Context)."""
     span = tracer.start_span(
         f"{method} {route}",
         context=propagate.extract(headers, getter=_HEADERS),
@@ -113,14 +113,14 @@ def server_span(
 
 
 def end_with(span: Span, status: int) -> None:
-    """Note how the request ended."""
+    """Set the response's status on the span; 5xx marks it as failed."""
     span.set_attribute("http.response.status_code", status)
     if status >= _FAILED:
         span.set_status(StatusCode.ERROR)
 
 
 def add_trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """A processor of structlog: which trace a line belongs to."""
+    """A structlog processor that adds the ids of the current trace and span."""
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event["trace_id"] = trace.format_trace_id(context.trace_id)

@@ -1,5 +1,5 @@
-"""Metrics of several workers added up: each writes its counts into a folder that all share, and
-whoever is scraped reads the others'. What a worker that is gone has counted stays counted."""
+"""Metrics summed over several workers. Each worker writes its counts into a shared folder, and
+the worker that is scraped reads the others'. The counts of an exited worker are kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from app.observability.logs import get_logger
 from app.observability.metrics import Counts, Metrics
 
 PUBLISH_EVERY_SECS = 1.0
-"""How old another worker's counts can be in a scrape."""
+"""How old another worker's counts can be at a scrape."""
 
 
 class SharedMetrics:
-    """The counts of the workers that share `folder`; without one, of this process."""
+    """The counts of the workers that share `folder`; without a folder, of this process."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class SharedMetrics:
         self._published = b""
 
     def render(self, active_sessions: int | None) -> bytes:
-        """The text of a scrape; `None` says that the store does not answer."""
+        """Return the text of a scrape; `active_sessions` is `None` if the store is down."""
         total = Metrics()
         total.add(self.own.counts())
         for others in self._others():
@@ -50,29 +50,29 @@ class SharedMetrics:
             try:
                 counts = msgspec.json.decode(file.read_bytes(), type=Counts)
             except (OSError, msgspec.MsgspecError):
-                # It must not cost the scrape.
-                get_logger().warning("counts cannot be read", file=file.name)
+                # One bad file must not fail the scrape.
+                get_logger().warning("cannot read counts", file=file.name)
                 continue
             if counts.version == __version__:
                 if not _is_running(file.name.partition("-")[0]):
-                    # What it counted stays; what it held at the moment went with it.
+                    # Its totals stay; its gauges ended with the process.
                     counts.connections = counts.requests_in_flight = 0
                 found.append(counts)
         return found
 
     def publish(self) -> None:
-        """Let the other workers see the counts, if they have changed."""
+        """Write the counts for the other workers, if they have changed."""
         encoded = msgspec.json.encode(self.own.counts())
         if self._file is None or encoded == self._published:
             return
-        # Nobody reads half of it.
+        # Readers never see a partial file.
         unfinished = self._file.with_suffix(".unfinished")
         unfinished.write_bytes(encoded)
         unfinished.replace(self._file)
         self._published = encoded
 
     async def run(self) -> None:
-        """Publish for ever, and once more when cancelled."""
+        """Publish every `PUBLISH_EVERY_SECS`, and once more when cancelled."""
         try:
             while self._file is not None:
                 self._try_to_publish()
@@ -84,7 +84,7 @@ class SharedMetrics:
         try:
             self.publish()
         except OSError as error:
-            get_logger().warning("counts cannot be shared", reason=error.strerror)
+            get_logger().warning("cannot publish counts", reason=error.strerror)
 
 
 def _is_running(pid: str) -> bool:

@@ -1,4 +1,4 @@
-"""Backends, chosen by the scheme of a URL and imported only when chosen."""
+"""Store backends, chosen by URL scheme and imported only when chosen."""
 
 from __future__ import annotations
 
@@ -16,48 +16,54 @@ BACKENDS = {
     "redis+cluster": "app.store.redis.store:RedisStore",
     "redis+sentinel": "app.store.redis.store:RedisStore",
 }
-"""Scheme -> where its `SessionStore` is. Its `from_url(url, limits)` makes one."""
+"""Scheme -> where to import its `SessionStore`, which `from_url(url, limits)` creates."""
 
 BACKUPS = {
     "sqlite": "app.store.sqlite.backup:back_up",
 }
-"""Scheme -> how its store is copied into a file."""
+"""Scheme -> where to import the function that copies its store into a file."""
 
 ONE_PROCESS = {
-    "memory": "every worker would have sessions and budgets of its own",
-    "sqlite": "one process owns the file",
+    "memory": "each worker would have its own sessions and budgets",
+    "sqlite": "only one process can use the file",
 }
-"""Schemes whose stores several processes cannot share, and why."""
+"""Scheme -> why several processes cannot share its store."""
 
 
 class UnknownStore(ValueError):
-    """The URL names no backend of this service."""
+    """No backend has the scheme of the URL, or the backend lacks the operation."""
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of a store URL. Raises `UnknownStore` if there is no such backend."""
+    """The scheme of a store URL. Raises `UnknownStore` if no backend has it."""
     scheme = url.partition(":")[0].lower()
     if scheme not in BACKENDS:
         known = ", ".join(f"{name}://" for name in BACKENDS)
-        raise UnknownStore(f"unknown store; use one of: {known}")
+        raise UnknownStore(f"unknown URL scheme; use one of: {known}")
     return scheme
 
 
 def open_store(url: str, limits: StoreLimits) -> SessionStore:
-    """The store at `url`, not yet opened. Raises `UnknownStore`, or `ValueError` if the
-    backend cannot use the URL."""
+    """The store at `url`, not yet opened.
+
+    Raises `UnknownStore`, or `ValueError` if the backend cannot use the URL.
+    """
     store: SessionStore = _imported(BACKENDS[scheme_of(url)]).from_url(url, limits)
     return store
 
 
 def back_up(url: str, target: Path) -> int:
-    """Copy the store at `url`, which may be in use, into a new file; how many sessions.
+    """Copy the store at `url`, which may be in use, into a new file. Return the number of
+    sessions copied.
 
-    Raises `UnknownStore` if such a store is not backed up by us, and `StoreUnusable`.
+    Raises `UnknownStore` if this kind of store cannot be copied, and `StoreUnusable` if the
+    copy fails.
     """
     scheme = scheme_of(url)
     if scheme not in BACKUPS:
-        raise UnknownStore(f"a {scheme} store is not a file that could be copied")
+        raise UnknownStore(
+            f"cannot copy a {scheme} store; backup works only with sqlite:// stores"
+        )
     sessions: int = _imported(BACKUPS[scheme])(url, target)
     return sessions
 

@@ -1,4 +1,4 @@
-"""Whether a store answers, told to the log when it changes."""
+"""Logs when a store becomes unavailable and when it recovers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ _log = logging.getLogger("arbiter.store")
 
 
 class Availability:
-    """Remembers the last outcome, so that an outage is two lines in the log."""
+    """Remembers the last outcome, so that an outage takes two lines in the log."""
 
     def __init__(self) -> None:
         self._failing = False
 
     def failed(self, reason: str) -> None:
-        """A step failed."""
+        """Record that an operation failed."""
         if not self._failing:
             self._failing = True
             _log.error("store unavailable: %s", reason)
 
     def succeeded(self) -> None:
-        """A step succeeded."""
+        """Record that an operation succeeded."""
         if self._failing:
             self._failing = False
             _log.warning("store available again")

@@ -1,4 +1,4 @@
-"""Where stores that live in one process get the time from."""
+"""The clock of stores that belong to one process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 
 Clock = Callable[[], int]
-"""Microseconds since the Unix epoch, never running backwards."""
+"""Returns microseconds since the Unix epoch and never runs backwards."""
 
 
 def anchored_clock() -> Clock:
-    """A clock that reads wall time now and from then on counts only time that passed, so
-    that setting the wall clock neither extends nor ends a session.
+    """A clock that reads wall time once and from then on counts elapsed time only.
 
-    Time in which the machine is suspended passes too, where the system can tell.
+    So setting the wall clock neither extends nor ends a session. Time during which the
+    machine is suspended counts where the system has `CLOCK_BOOTTIME`.
     """
     source = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     read = time.clock_gettime_ns

@@ -1,4 +1,4 @@
-"""Domain values as the stores on a disk or in another process keep them: JSON."""
+"""Domain values as JSON, for stores on disk or in another process."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _admissions = msgspec.json.Decoder(Admission)
 
 
 def to_text(value: Grant | Session | Admission) -> str:
-    """The value as JSON."""
+    """Encode a value as JSON."""
     return _encoder.encode(value).decode()
 
 
 def to_grant(text: str) -> Grant:
-    """The grant that `to_text` wrote."""
+    """Decode a grant that `to_text` encoded."""
     return _grants.decode(text)
 
 
 def to_session(text: str) -> Session:
-    """The session that `to_text` wrote."""
+    """Decode a session that `to_text` encoded."""
     return _sessions.decode(text)
 
 
 def to_admission(text: str) -> Admission:
-    """The admission that `to_text` wrote."""
+    """Decode an admission that `to_text` encoded."""
     return _admissions.decode(text)

@@ -1,4 +1,4 @@
-"""Where a page of a list ends, and how a client is told."""
+"""Cursors: where a page of sessions ends, as opaque text for clients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from app.store.contract import InvalidCursor
 
 
 class Cursor(NamedTuple):
-    """Where a session stands in the order of deadlines."""
+    """The position of a session in the order of deadlines."""
 
     expires_at: int
     session_id: str
 
     @classmethod
     def decode(cls, text: str) -> Cursor:
-        """The cursor that `encode` wrote. Raises `InvalidCursor` for any other text."""
+        """Parse the text that `encode` returned. Raises `InvalidCursor` for any other text."""
         try:
             plain = urlsafe_b64decode(text.encode()).decode()
             expires_at, _, session_id = plain.partition(".")
@@ -30,12 +30,12 @@ class Cursor(NamedTuple):
         return cursor
 
     def encode(self) -> str:
-        """This cursor as opaque text."""
+        """Return the cursor as opaque text."""
         return urlsafe_b64encode(f"{self.expires_at}.{self.session_id}".encode()).decode()
 
 
 FIRST = Cursor(-1, "")
-"""Before every session."""
+"""The position before every session."""
 
 _LAST = 2**63 - 1
-"""Databases hold integers of 64 bits."""
+"""Databases store signed 64-bit integers."""

@@ -1,1 +1,1 @@
-"""What the service is compared with."""
+"""The services to compare with."""

@@ -1,5 +1,5 @@
 """The floor of this stack: an ASGI function that reads the body and returns fixed bytes, as
-many as an admitted call is answered with."""
+many as the response to an admitted call."""
 
 from __future__ import annotations
 

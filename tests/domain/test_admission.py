@@ -1,4 +1,4 @@
-"""The rules, each at its edges."""
+"""The admission rules, each at its edges."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def after(secs: float) -> int:
     return START + round(secs * MICROSECONDS)
 
 
-def test_an_admitted_call_counts_once_everywhere() -> None:
+def test_an_admitted_call_counts_once_in_budget_and_window() -> None:
     counted = admitted(session(), a_call())
 
     assert (counted.calls_made, counted.rate_window_calls) == (1, 1)
     assert counted.rate_window_start == START
 
 
-def test_a_batch_counts_every_tool_repeats_included() -> None:
+def test_a_batch_counts_every_tool_including_repeats() -> None:
     counted = admitted(session(), a_batch("read_file", "read_file", "list_dir"))
 
     assert counted.calls_made == 3
@@ -46,20 +46,20 @@ def test_a_batch_counts_every_tool_repeats_included() -> None:
 def test_the_last_call_of_the_budget_is_admitted_and_the_next_is_not() -> None:
     last = admitted(admitted(session(call_budget=2), a_call()), a_call())
 
-    refusal = denied(last, a_call())
+    denial = denied(last, a_call())
 
-    assert refusal.code is Code.BUDGET_EXCEEDED
-    assert (refusal.limit, refusal.used) == (2, 2)
-    assert refusal.next_action is NextAction.NEW_SESSION
-    assert refusal.retry_after_secs is None
+    assert denial.code is Code.BUDGET_EXCEEDED
+    assert (denial.limit, denial.used) == (2, 2)
+    assert denial.next_action is NextAction.NEW_SESSION
+    assert denial.retry_after_secs is None
 
 
-def test_a_batch_must_fit_the_budget_whole() -> None:
+def test_a_whole_batch_must_fit_the_budget() -> None:
     assert denied(session(call_budget=2), a_batch(*["read_file"] * 3)).used == 0
     assert admitted(session(call_budget=3), a_batch(*["read_file"] * 3)).calls_made == 3
 
 
-def test_a_session_without_a_budget_admits_nothing() -> None:
+def test_a_budget_of_zero_admits_nothing() -> None:
     assert denied(session(call_budget=0), a_call()).code is Code.BUDGET_EXCEEDED
 
 
@@ -70,7 +70,7 @@ def test_a_session_lives_until_just_before_its_deadline() -> None:
     assert denied(mortal, a_call(), after(10)).code is Code.SESSION_EXPIRED
 
 
-def test_a_session_without_time_is_expired_when_it_is_created() -> None:
+def test_a_session_with_no_time_is_expired_at_creation() -> None:
     assert session(time_limit_secs=0).status is SessionStatus.EXPIRED
     assert denied(session(time_limit_secs=0), a_call()).code is Code.SESSION_EXPIRED
 
@@ -82,12 +82,12 @@ def test_a_closed_session_stays_closed_after_its_deadline() -> None:
     assert denied(closed, a_call(), after(20)).code is Code.SESSION_CLOSED
 
 
-def test_only_the_agent_of_the_session_may_use_it_if_one_is_named() -> None:
+def test_a_call_that_names_another_agent_is_denied() -> None:
     assert admitted(session(), a_call(agent_id=AGENT))
-    refusal = denied(session(), a_call(agent_id=OTHER_AGENT))
+    denial = denied(session(), a_call(agent_id=OTHER_AGENT))
 
-    assert refusal.code is Code.AGENT_MISMATCH
-    assert refusal.next_action is NextAction.STOP
+    assert denial.code is Code.AGENT_MISMATCH
+    assert denial.next_action is NextAction.STOP
 
 
 def test_another_agent_does_not_learn_that_a_session_is_closed() -> None:
@@ -111,25 +111,25 @@ def test_a_call_may_touch_data_up_to_the_ceiling(
         assert decision.next_action is NextAction.LOWER_SENSITIVITY
 
 
-def test_a_call_that_names_no_sensitivity_is_not_judged_by_it() -> None:
+def test_a_call_without_a_tier_skips_the_sensitivity_rule() -> None:
     assert admitted(session(data_sensitivity_ceiling=DataSensitivity.PUBLIC), a_call())
 
 
-def test_every_place_of_an_unauthorised_tool_is_given() -> None:
-    refusal = denied(session(), a_batch("read_file", "rm", "list_dir", "rm"))
+def test_a_denial_lists_every_position_of_an_unauthorised_tool() -> None:
+    denial = denied(session(), a_batch("read_file", "rm", "list_dir", "rm"))
 
-    assert refusal.violations == (Violation(Code.TOOL_NOT_AUTHORIZED, tool_indexes=(1, 3)),)
-    assert refusal.next_action is NextAction.USE_AUTHORIZED_TOOL
+    assert denial.violations == (Violation(Code.TOOL_NOT_AUTHORIZED, tool_indexes=(1, 3)),)
+    assert denial.next_action is NextAction.USE_AUTHORIZED_TOOL
 
 
-def test_the_first_rule_names_the_denial_and_all_are_listed() -> None:
+def test_the_first_failed_rule_names_the_denial_and_all_are_listed() -> None:
     strict = session(
         call_budget=1, rate_limit_per_minute=1, data_sensitivity_ceiling=DataSensitivity.PUBLIC
     )
-    refusal = denied(strict, a_batch("rm", "rm", tier=DataSensitivity.RESTRICTED))
+    denial = denied(strict, a_batch("rm", "rm", tier=DataSensitivity.RESTRICTED))
 
-    assert refusal.code is Code.BUDGET_EXCEEDED
-    assert [each.code for each in refusal.violations] == [
+    assert denial.code is Code.BUDGET_EXCEEDED
+    assert [each.code for each in denial.violations] == [
         Code.BUDGET_EXCEEDED,
         Code.TOOL_NOT_AUTHORIZED,
         Code.SENSITIVITY_EXCEEDED,
@@ -145,16 +145,16 @@ def test_an_empty_batch_passes_a_spent_budget_and_records_nothing() -> None:
 
 
 class TestRate:
-    def test_a_window_holds_its_limit_and_no_more(self) -> None:
+    def test_a_window_admits_its_limit_and_no_more(self) -> None:
         full = admitted(session(rate_limit_per_minute=2), a_batch("read_file", "read_file"))
 
-        refusal = denied(full, a_call(), after(59))
+        denial = denied(full, a_call(), after(59))
 
-        assert refusal.code is Code.RATE_LIMITED
-        assert (refusal.limit, refusal.used) == (2, 2)
-        assert (refusal.next_action, refusal.retry_after_secs) == (NextAction.WAIT, 1)
+        assert denial.code is Code.RATE_LIMITED
+        assert (denial.limit, denial.used) == (2, 2)
+        assert (denial.next_action, denial.retry_after_secs) == (NextAction.WAIT, 1)
 
-    def test_a_window_has_elapsed_when_its_length_has_passed(self) -> None:
+    def test_a_window_elapses_exactly_at_its_length(self) -> None:
         full = admitted(session(rate_limit_per_minute=1), a_call())
 
         assert denied(full, a_call(), after(60) - 1).retry_after_secs == 1
@@ -168,37 +168,37 @@ class TestRate:
         assert denied(late, a_call(), after(149)).code is Code.RATE_LIMITED
         assert admitted(late, a_call(), after(150))
 
-    def test_a_batch_in_an_elapsed_window_is_held_to_an_empty_window(self) -> None:
-        refusal = denied(
+    def test_a_batch_after_a_window_is_checked_against_an_empty_one(self) -> None:
+        denial = denied(
             session(rate_limit_per_minute=2), a_batch(*["read_file"] * 3), after(60)
         )
 
-        assert refusal.code is Code.RATE_LIMITED
-        assert (refusal.limit, refusal.used) == (2, 0)
+        assert denial.code is Code.RATE_LIMITED
+        assert (denial.limit, denial.used) == (2, 0)
 
     def test_a_limit_of_zero_admits_nothing_in_any_window(self) -> None:
         shut = session(rate_limit_per_minute=0)
 
         for now in (START, after(60), after(61)):
-            refusal = denied(shut, a_call(), now)
-            assert refusal.code is Code.RATE_LIMITED
-            assert (refusal.next_action, refusal.retry_after_secs) == (NextAction.STOP, None)
+            denial = denied(shut, a_call(), now)
+            assert denial.code is Code.RATE_LIMITED
+            assert (denial.next_action, denial.retry_after_secs) == (NextAction.STOP, None)
 
-    def test_a_batch_that_no_window_could_hold_cannot_be_retried(self) -> None:
-        refusal = denied(session(rate_limit_per_minute=2), a_batch(*["read_file"] * 3))
+    def test_a_batch_that_no_window_can_hold_is_not_retryable(self) -> None:
+        denial = denied(session(rate_limit_per_minute=2), a_batch(*["read_file"] * 3))
 
-        assert (refusal.next_action, refusal.retry_after_secs) == (NextAction.STOP, None)
+        assert (denial.next_action, denial.retry_after_secs) == (NextAction.STOP, None)
 
     def test_waiting_is_not_advised_past_the_deadline_of_the_session(self) -> None:
         short = session(rate_limit_per_minute=1, time_limit_secs=60)
         full = admitted(short, a_call())
 
-        refusal = denied(full, a_call(), after(30))
+        denial = denied(full, a_call(), after(30))
 
-        assert refusal.next_action is NextAction.NEW_SESSION
-        assert refusal.retry_after_secs is None
+        assert denial.next_action is NextAction.NEW_SESSION
+        assert denial.retry_after_secs is None
 
-    def test_the_wait_that_is_advised_is_long_enough(self) -> None:
+    def test_the_advised_wait_is_long_enough(self) -> None:
         full = admitted(session(rate_limit_per_minute=1), a_call())
         now = after(12.3)
 
@@ -207,10 +207,10 @@ class TestRate:
         assert wait == 48
         assert admitted(full, a_call(), now + wait * MICROSECONDS)
 
-    def test_without_a_limit_no_rate_applies(self) -> None:
+    def test_without_a_rate_limit_any_rate_is_admitted(self) -> None:
         assert admitted(session(call_budget=999), a_batch(*["read_file"] * 256))
 
-    def test_the_window_can_have_another_length_than_a_minute(self) -> None:
+    def test_a_window_need_not_be_a_minute_long(self) -> None:
         full = admitted(session(rate_limit_per_minute=1, rate_limit_window_secs=5), a_call())
 
         assert denied(full, a_call(), after(5) - 1)

@@ -34,7 +34,9 @@ from app.domain.tools import AllowList
         ("a.b", "axb", False),
     ],
 )
-def test_an_entry_allows_exactly_what_it_says(entry: str, name: str, allowed: bool) -> None:
+def test_an_entry_allows_only_the_names_it_matches(
+    entry: str, name: str, allowed: bool
+) -> None:
     assert AllowList.of([entry]).allows(name) is allowed
     assert AllowList.of(["other", entry, "x.*"]).allows_all((name, name)) is allowed
 
@@ -47,26 +49,26 @@ def test_an_empty_allow_list_allows_nothing_but_an_empty_batch() -> None:
     assert nothing.allows_all(())
 
 
-def test_one_tool_that_is_not_allowed_spoils_the_batch() -> None:
+def test_one_unauthorised_tool_denies_the_whole_batch() -> None:
     allow_list = AllowList.of(["read_file", "fs.*"])
 
     assert allow_list.allows_all(("read_file", "fs.x", "read_file"))
     assert not allow_list.allows_all(("read_file", "fs.x", "delete_file"))
 
 
-def test_a_pattern_full_of_stars_is_decided_without_backtracking() -> None:
+def test_a_pattern_full_of_stars_does_not_backtrack() -> None:
     hostile = AllowList.of(["a*" * 63 + "b"])
 
     assert not hostile.allows("a" * 128)
 
 
-def test_equal_allow_lists_are_one_object() -> None:
+def test_equal_allow_lists_are_the_same_object() -> None:
     assert AllowList.of(["a", "b*"]) is AllowList.of(("a", "b*"))
     assert AllowList.of(["a", "b*"]) != AllowList.of(["b*", "a"])
 
 
 def by_definition(pattern: str, name: str) -> bool:
-    """Matching as one would define it: slow, and obviously right."""
+    """Match by the definition: slowly, but obviously correctly."""
     if not pattern:
         return not name
     if pattern[0] == "*":

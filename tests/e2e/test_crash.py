@@ -1,7 +1,7 @@
-"""The promise of a durable store, against a real process that is killed at any moment:
+"""The promises of a durable store, tested with a real process that is killed at any moment:
 
-- every admission that was answered is counted, and no session has more than its budget;
-- a close that was answered stays closed, a creation that was answered exists;
+- every answered admission is counted, and no session exceeds its budget;
+- an answered close stays closed, and an answered creation exists;
 - an idempotent retry after the restart is still a replay.
 """
 
@@ -32,21 +32,21 @@ SEED = random.randrange(10**9)
 
 @dataclass
 class Known:
-    """A session, and what its clients have been told."""
+    """A session, and the answers that its clients got."""
 
     session_id: str
     attempts: int = 0
     told: list[int] = field(default_factory=list)
-    """`calls_made` of every admission that was answered."""
+    """`calls_made` of every answered admission."""
     refused: int = 0
     close_sent: bool = False
     closed: bool = False
     keys: dict[str, int | None] = field(default_factory=dict)
-    """Idempotency key -> the `calls_made` that came back, if it did."""
+    """Idempotency key -> the answered `calls_made`, or `None` if no answer came."""
 
 
 class History:
-    """What clients did and what they were told, over all lives of the service."""
+    """What clients sent and were answered, over all runs of the service."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -55,10 +55,10 @@ class History:
         self.answers = 0
 
     async def work(self, client: httpx.AsyncClient) -> None:
-        """Do something and note the answer, until the service is gone."""
+        """Send random requests and record the answers until the service is killed."""
         steps = [self.create, self.close, *[self.call] * 12, *[self.call_with_key] * 4]
         while True:
-            # Those that are spent are asked a little more.
+            # A spent session gets a few more calls, which must be denied.
             open_ones = [s for s in self.sessions if not s.close_sent and s.refused < 3]
             step = self.random.choice(steps) if len(open_ones) >= 4 else self.create
             try:
@@ -122,7 +122,7 @@ class History:
         session.closed = True
 
     async def check(self, client: httpx.AsyncClient) -> None:
-        """Hold the service to everything that was answered."""
+        """Check the service against every answer."""
         for key, session_id in self.creations.items():
             answer = await self.create_again(client, key)
             if session_id is None:
@@ -148,7 +148,7 @@ class History:
         if state["status"] == "closed":
             assert session.close_sent
             return
-        # Those that were not answered were counted or not; now they are, once.
+        # An unanswered call may have been counted or not. After this retry it counts once.
         for key, told in session.keys.items():
             again = await self._call(client, session, key)
             if told is not None:

@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def start_in_vain(*command: str, store: str) -> str:
-    """What the service says when it cannot start."""
+    """Return what the service prints when it fails to start."""
     done = subprocess.run(
         [*command, sys.executable, "-m", "app"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def start_in_vain(*command: str, store: str) -> str:
 
 
 class TestStart:
-    """One clear sentence, and nothing else."""
+    """A failed start prints one clear sentence and nothing else."""
 
     def test_a_second_process_is_refused(self, start_service: StartService, file: Path) -> None:
         first = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
@@ -55,21 +55,22 @@ class TestStart:
         for path in (file, link):
             assert start_in_vain(store=f"sqlite://{path}") == (
                 f"arbiter: cannot use {path}: another process (id {first.process.pid}) owns "
-                "it; run one process for each file\n"
+                "it; run one process per file\n"
             )
         assert httpx.get(f"{first.url}/readyz").status_code == 200
 
-    def test_a_file_that_is_no_database(self, file: Path) -> None:
+    def test_a_file_that_is_not_a_database_is_refused(self, file: Path) -> None:
         file.write_bytes(b"something else entirely\n" * 1000)
 
         said = start_in_vain(store=f"sqlite://{file}")
 
         assert said == (
-            f"arbiter: cannot use {file}: the file is not a SQLite database (SQLITE_NOTADB)\n"
+            f"arbiter: cannot use {file}: the file is not a SQLite database; use another path "
+            "(SQLITE_NOTADB)\n"
         )
         assert file.read_bytes() == b"something else entirely\n" * 1000
 
-    def test_a_damaged_file(self, start_service: StartService, file: Path) -> None:
+    def test_a_damaged_file_is_refused(self, start_service: StartService, file: Path) -> None:
         service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
         with httpx.Client(base_url=service.url) as client:
             for _ in range(200):
@@ -84,7 +85,7 @@ class TestStart:
         assert said.startswith(f"arbiter: cannot use {file}: the file is damaged")
         assert said.count("\n") == 1
 
-    def test_a_file_that_another_program_has_locked(self, file: Path) -> None:
+    def test_a_file_locked_by_another_program_is_refused(self, file: Path) -> None:
         with sqlite3.connect(file) as other:
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             other.execute("CREATE TABLE t (x)")
@@ -95,37 +96,41 @@ class TestStart:
 
         other.close()
         assert said == (
-            f"arbiter: cannot use {file}: another program has locked the file (SQLITE_BUSY)\n"
+            f"arbiter: cannot use {file}: another program has locked the file; stop that "
+            "program (SQLITE_BUSY)\n"
         )
 
-    def test_a_file_that_must_not_be_written(self, file: Path) -> None:
+    def test_a_read_only_file_is_refused(self, file: Path) -> None:
         file.touch()
         file.chmod(0o400)
-        # Permissions do not stop root, unless it gives up the capability.
+        # Permissions do not stop root unless it drops the capability.
         powerless = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
 
         said = start_in_vain(*powerless, store=f"sqlite://{file}")
 
         assert said == f"arbiter: cannot use {file}: permission denied\n"
 
-    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "nowhere" / "sessions.db"
 
         assert start_in_vain(store=f"sqlite://{file}") == (
-            f"arbiter: cannot use {file}: there is no such file or folder\n"
+            f"arbiter: cannot use {file}: the file or its folder does not exist; check the "
+            "path\n"
         )
 
 
 class TestRunning:
-    """503 while it lasts, nothing charged, and recovery without a restart."""
+    """While a fault lasts, 503 and no charge; afterwards, recovery without a restart."""
 
-    def test_a_full_disk(self, start_service: StartService, file: Path) -> None:
+    def test_a_full_disk_is_503_until_there_is_room(
+        self, start_service: StartService, file: Path
+    ) -> None:
         service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
         pid = service.process.pid
         with httpx.Client(base_url=service.url, timeout=30) as client:
             path = client.post("/sessions", json=session_request()).headers["location"]
             made = client.post(f"{path}/calls", json=READ).json()["calls_made"]
-            # No file may grow: what a full disk is to this process.
+            # To this process, a limit on the size of files looks like a full disk.
             size = max(each.stat().st_size for each in file.parent.iterdir())
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             while (refused := client.post(f"{path}/calls", json=READ)).status_code == 200:
@@ -146,7 +151,7 @@ class TestRunning:
             assert client.post(f"{path}/calls", json=READ).json()["calls_made"] == made + 1
             assert len(client.get("/sessions").json()["items"]) == 1
 
-    def test_a_lock_that_another_program_holds(
+    def test_a_lock_of_another_program_is_503_until_released(
         self, start_service: StartService, file: Path
     ) -> None:
         service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
@@ -163,7 +168,9 @@ class TestRunning:
             assert client.get("/readyz").status_code == 200
             assert client.post(f"{path}/calls", json=READ).json()["calls_made"] == 1
 
-    def test_a_file_that_was_moved_away(self, start_service: StartService, file: Path) -> None:
+    def test_a_moved_file_is_503_until_it_is_back(
+        self, start_service: StartService, file: Path
+    ) -> None:
         service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
         away = file.with_name("away.db")
         with httpx.Client(base_url=service.url, timeout=30) as client:
@@ -178,7 +185,7 @@ class TestRunning:
             away.rename(file)
             assert client.post(f"{path}/calls", json=READ).json()["calls_made"] == 1
 
-    def test_it_is_said_once_in_the_log(self, start_service: StartService, file: Path) -> None:
+    def test_an_outage_is_logged_once(self, start_service: StartService, file: Path) -> None:
         service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
         away = file.with_name("away.db")
         with httpx.Client(base_url=service.url, timeout=30) as client:
@@ -192,15 +199,16 @@ class TestRunning:
 
         said = [line for line in service.log if "store " in line]
         assert len(said) == 2
-        assert "store unavailable: there is no such file or folder" in said[0]
+        gone = "the file or its folder does not exist; check the path"
+        assert f"store unavailable: {gone}" in said[0]
         assert "store available again" in said[1]
 
 
 @contextmanager
 def tampering(pid: int, calls: str, how: str) -> Iterator[None]:
-    """System calls of a process are slow or fail, by strace(1)."""
+    """Make system calls of a process slow or fail, with strace(1)."""
     if shutil.which("strace") is None:
-        pytest.skip("SKIPPED: strace is not installed, so that no disk can be made to fail")
+        pytest.skip("SKIPPED: strace is not installed, so no disk fault can be injected")
     tamper = ["-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
     strace = subprocess.Popen(
         ["strace", "-f", "-qq", "-o", os.devnull, *tamper, "-p", str(pid)],
@@ -234,7 +242,7 @@ class TestFaults:
                 calls = []
                 for _ in range(20):
                     calls.append(asyncio.create_task(client.post(f"{path}/calls", json=READ)))
-                    # Answered after the call has been read and while its commit is pending.
+                    # Answered after the call was read, while its commit is pending.
                     assert (await client.get("/livez")).status_code == 200
                 assert not any(call.done() for call in calls)
                 answers = await asyncio.gather(*calls)
@@ -244,9 +252,17 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("calls", "error", "reason"),
         [
-            ("fsync,fdatasync", "EIO", "the disk reported an error (SQLITE_IOERR_FSYNC)"),
-            ("pwrite64", "EIO", "the disk reported an error (SQLITE_IOERR_WRITE)"),
-            ("pwrite64", "ENOSPC", "the disk is full (SQLITE_FULL)"),
+            (
+                "fsync,fdatasync",
+                "EIO",
+                "the disk reported an error; check the disk (SQLITE_IOERR_FSYNC)",
+            ),
+            (
+                "pwrite64",
+                "EIO",
+                "the disk reported an error; check the disk (SQLITE_IOERR_WRITE)",
+            ),
+            ("pwrite64", "ENOSPC", "the disk is full; free some space (SQLITE_FULL)"),
         ],
     )
     def test_a_commit_that_fails_charges_nothing(

@@ -1,5 +1,5 @@
-"""A real MCP client, through the example proxy, to a real MCP server: admitted, denied with
-the reason, killed."""
+"""A real MCP client calls a real MCP server through the example proxy: it is admitted, denied
+with a reason, and stopped by the kill switch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = ROOT / "examples"
 async def agent_of(
     url: str, log: Path, *options: str, token: str | None = None
 ) -> AsyncIterator[Client]:
-    """The MCP client of an agent whose calls go through the proxy."""
+    """Connect the MCP client of an agent through the proxy."""
     parameters = StdioServerParameters(
         command=sys.executable,
         args=[
@@ -45,7 +45,7 @@ async def agent_of(
 
 
 async def said(client: Client, tool: str, **arguments: Any) -> tuple[str, str]:
-    """One line of the transcript: what became of the call, and what the agent was told."""
+    """Call a tool and return a line of the transcript: the outcome, and the agent's text."""
     result = await client.call_tool(tool, arguments)
     (content, *_) = result.content
     return ("refused" if result.is_error else "admitted", getattr(content, "text", ""))

@@ -1,4 +1,4 @@
-"""Several processes of the service over one engine: killed, stopped and failed over."""
+"""Several service processes over one engine, which is killed, paused or failed over."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_500_racing_calls_through_two_processes_admit_exactly_50(
 
 
 class Load:
-    """Clients that call without pause and note every answer."""
+    """Clients that call without pause and record every answer."""
 
     def __init__(self, service: Service, paths: list[str]) -> None:
         self.client = httpx.AsyncClient(base_url=service.url, timeout=10)
@@ -77,7 +77,7 @@ class Load:
                 self.told[path].append(answer.json()["calls_made"])
 
     async def more(self, status: int, answers: int) -> None:
-        """Wait for so many more answers of a kind."""
+        """Wait for `answers` more answers with this status."""
         wanted = self.statuses[status] + answers
         while self.statuses[status] < wanted:
             self._answered.clear()
@@ -97,7 +97,7 @@ Harm = Callable[[Server], None]
     [(Server.kill, Server.start), (Server.pause, Server.resume)],
     ids=["SIGKILL", "SIGSTOP"],
 )
-async def test_an_engine_that_goes_away_under_load(
+async def test_an_engine_outage_under_load_is_503_until_it_is_over(
     start_service: StartService, server: Server, harm: Harm, repair: Harm
 ) -> None:
     service = start_service(ARBITER_STORE_URL=server.url)
@@ -122,13 +122,13 @@ async def test_an_engine_that_goes_away_under_load(
             await load.more(200, 100)
         await load.stop()
 
-    # 404 is the truth of an engine that kept nothing.
+    # 404 is correct: an engine that restarts has kept nothing.
     assert load.statuses.keys() <= {200, 503, 404}
     for told in load.told.values():
         assert len(told) == len(set(told))
 
 
-async def test_a_cluster_that_fails_over_under_load(
+async def test_a_cluster_failover_under_load_takes_at_most_5_seconds(
     start_service: StartService, cluster: Cluster, record_property: Callable[..., None]
 ) -> None:
     service = start_service(ARBITER_STORE_URL=cluster.url)

@@ -1,5 +1,5 @@
-"""What both lanes put on the wire, byte for byte, from real servers. The fast lane writes
-past uvicorn's `send`; this fails when uvicorn changes under it."""
+"""The bytes that both lanes put on the wire, from real servers. The fast lane bypasses
+uvicorn's `send`; these tests fail when uvicorn changes beneath it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LAST = (
 
 
 def exchange(service: Service, *requests: bytes) -> bytes:
-    """Everything that comes back on one connection, to requests sent in one piece and one
-    more that ends the connection, if it has not ended before."""
+    """Send the requests in one piece, with a last one that ends the connection, and return
+    everything received."""
     host, _, port = service.url.removeprefix("http://").rpartition(":")
     received = b""
     with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -70,7 +70,7 @@ def services(start_service: StartService) -> list[Service]:
         ("continue", [b"expect: 100-continue"], b"1.1"),
     ],
 )
-def test_one_call(
+def test_both_lanes_answer_a_call_alike(
     services: list[Service], name: str, headers: list[bytes], version: bytes
 ) -> None:
     seen = []
@@ -87,7 +87,7 @@ def test_one_call(
     assert seen[0].count(b"HTTP/1.1 ") == 2 - ends + continues
 
 
-def test_pipelined_calls(services: list[Service]) -> None:
+def test_both_lanes_answer_pipelined_calls_alike(services: list[Service]) -> None:
     seen = []
     for service in services:
         created = httpx.post(

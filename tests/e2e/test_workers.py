@@ -33,14 +33,14 @@ async def test_workers_share_budgets_and_add_up_their_metrics(service: Service) 
         created = await client.post("/sessions", json=session_request(call_budget=50))
         path = f"{created.headers['location']}/calls"
 
-        async def on_a_connection_of_its_own() -> list[int]:
+        async def on_its_own_connection() -> list[int]:
             async with httpx.AsyncClient(base_url=service.url, timeout=30) as one:
                 answers = [
                     await one.post(path, json={"tool_name": "read_file"}) for _ in range(10)
                 ]
             return [each.json()["calls_made"] for each in answers if each.status_code == 200]
 
-        told = await asyncio.gather(*(on_a_connection_of_its_own() for _ in range(20)))
+        told = await asyncio.gather(*(on_its_own_connection() for _ in range(20)))
         made = sorted(number for each in told for number in each)
 
         assert made == list(range(1, 51))
@@ -65,7 +65,7 @@ async def denied(client: httpx.AsyncClient) -> int:
     return await counted(client, "budget_exceeded")
 
 
-def test_they_stop_with_their_parent(service: Service) -> None:
+def test_workers_stop_with_their_parent(service: Service) -> None:
     started = [line for line in service.log if '"event": "starting"' in line]
     assert started
 

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for metrics that there are, by labels that they have."""
+"""The dashboard and the alerts query only metrics and labels that exist."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def exported(service: Service) -> dict[str, set[str]]:
-    """What a service exports that has done a little of everything: names, and their labels."""
+    """The metrics of a service that has done a little of everything, with their labels."""
     path = httpx.post(f"{service.url}/sessions", json=session_request()).headers["location"]
     for tool in ("read_file", "rm"):
         httpx.post(f"{service.url}{path}/calls", json={"tool_name": tool})
@@ -69,7 +69,9 @@ def exported(service: Service) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS.values(), ids=EXPRESSIONS)
-def test_what_is_asked_for_is_exported(exported: dict[str, set[str]], expression: str) -> None:
+def test_queried_metrics_and_labels_are_exported(
+    exported: dict[str, set[str]], expression: str
+) -> None:
     asked = OURS.findall(expression)
 
     assert asked or expression.startswith("up{")
@@ -84,17 +86,17 @@ def test_what_is_asked_for_is_exported(exported: dict[str, set[str]], expression
 
 
 @pytest.mark.parametrize("metric", MUST_SHOW.values(), ids=MUST_SHOW)
-def test_the_dashboard_shows_it(metric: str) -> None:
+def test_the_dashboard_shows_the_metric(metric: str) -> None:
     shown = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
 
     assert any(metric.removesuffix("_count") in expression for expression in shown)
 
 
-def test_every_metric_is_looked_at(exported: dict[str, set[str]]) -> None:
+def test_every_metric_is_used(exported: dict[str, set[str]]) -> None:
     used = " ".join(EXPRESSIONS.values())
     families = {re.sub(r"_(bucket|count|sum|total|created)$", "", name) for name in exported}
 
-    # A version is no figure: the dashboard finds its jobs by it.
+    # The version is not plotted; the dashboard finds its jobs by it.
     assert {name for name in families if name not in used} == {"arbiter_build_info"}
 
 
@@ -105,7 +107,7 @@ def test_an_alert_says_what_is_wrong_and_what_to_do(rule: dict[str, Any]) -> Non
     assert rule["annotations"]["description"].strip().endswith((".", "sessions."))
 
 
-def test_panels_do_not_overlap_and_have_one_source() -> None:
+def test_panels_do_not_overlap_and_share_one_source() -> None:
     panels = dashboard()["panels"]
     places = [(each["gridPos"]["x"], each["gridPos"]["y"]) for each in panels]
     source = yaml.safe_load(
@@ -116,7 +118,7 @@ def test_panels_do_not_overlap_and_have_one_source() -> None:
     assert {each["datasource"]["uid"] for each in panels} == {source["uid"]}
 
 
-def test_every_service_of_the_compose_file_is_hardened() -> None:
+def test_every_service_in_the_compose_file_is_hardened() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
     for service in compose["services"].values():
@@ -127,7 +129,7 @@ def test_every_service_of_the_compose_file_is_hardened() -> None:
             assert port.startswith("127.0.0.1:")
 
 
-def test_files_that_the_compose_file_mounts_are_there() -> None:
+def test_files_mounted_by_the_compose_file_exist() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     mounted = [
         volume.partition(":")[0]

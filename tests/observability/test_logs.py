@@ -1,4 +1,4 @@
-"""Logs: one line an event, nothing secret, nothing forged."""
+"""Logs: one line per event, nothing secret, nothing forged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [each for each in ours if not each["event"].startswith("HTTP Request")]
 
 
-async def test_the_life_of_a_session_is_told_at_info(
+async def test_the_life_of_a_session_is_logged_at_info(
     capsys: pytest.CaptureFixture[str], make_api: MakeApi
 ) -> None:
     api = await make_api()
@@ -45,7 +45,7 @@ async def test_the_life_of_a_session_is_told_at_info(
     assert {each["level"] for each in told} == {"info"}
 
 
-async def test_admitted_calls_are_told_at_debug_only(
+async def test_admitted_calls_are_logged_at_debug_only(
     capsys: pytest.CaptureFixture[str], make_api: MakeApi
 ) -> None:
     api = await make_api(log_level="debug")
@@ -72,7 +72,7 @@ async def test_no_log_holds_a_whole_session_id(
     assert not any(session_id in line for line in told)
 
 
-async def test_what_clients_send_cannot_forge_a_line(
+async def test_client_input_cannot_forge_a_line(
     capsys: pytest.CaptureFixture[str], make_api: MakeApi
 ) -> None:
     api = await make_api(log_level="debug")
@@ -88,7 +88,7 @@ async def test_what_clients_send_cannot_forge_a_line(
     assert all(each["event"] != "forged" for each in told)
 
 
-def test_a_terminal_gets_control_characters_escaped(
+def test_the_terminal_format_escapes_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure_logs("console", "info")
@@ -100,7 +100,7 @@ def test_a_terminal_gets_control_characters_escaped(
     assert "\x1b[31mc" not in line
 
 
-def test_records_of_libraries_have_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_libraries_use_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("json", "info")
 
     logging.getLogger("some.library").warning("hello %s", "you")
@@ -111,7 +111,9 @@ def test_records_of_libraries_have_the_same_format(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_the_level_is_kept(capsys: pytest.CaptureFixture[str], level: str) -> None:
+def test_records_below_the_level_are_dropped(
+    capsys: pytest.CaptureFixture[str], level: str
+) -> None:
     configure_logs("json", level)  # type: ignore[arg-type]
 
     for each in ("debug", "info", "warning", "error"):

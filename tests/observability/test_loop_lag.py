@@ -1,4 +1,4 @@
-"""How late the event loop is, by a clock of the test's own."""
+"""Event-loop lag, measured with the test's clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.observability.loop_lag import SAMPLE_EVERY_SECS, watch_loop_lag
 from app.observability.metrics import Metrics
 
 
-def test_what_is_counted_is_how_much_later_it_woke_up() -> None:
+def test_lag_is_the_delay_beyond_the_sleep() -> None:
     metrics, now = Metrics(), 0.0
     late = iter([0.0, 0.003, 0.3])
 

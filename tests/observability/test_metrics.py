@@ -1,4 +1,4 @@
-"""Metrics: counted once, and labelled by us alone."""
+"""Metrics: every event is counted once, and no label comes from a client."""
 
 from __future__ import annotations
 
@@ -116,5 +116,5 @@ async def test_no_label_comes_from_a_client(api: Api) -> None:
     assert session_id not in text
 
 
-async def test_the_version_is_told(api: Api) -> None:
+async def test_the_version_is_exported(api: Api) -> None:
     assert (await scrape(api))["arbiter_build_info", (("version", __version__),)] == 1

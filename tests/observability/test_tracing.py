@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them from a running service."""
+"""Traces, as a collector receives them from a running service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
 class Collector:
-    """Takes spans as OTLP over HTTP."""
+    """Receives spans as OTLP over HTTP."""
 
     def __init__(self) -> None:
         arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
@@ -42,7 +42,7 @@ class Collector:
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -78,7 +78,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.mark.parametrize("lane", ["true", "false"], ids=["fast", "framework"])
-def test_a_call_is_a_span_of_the_callers_trace(
+def test_a_call_is_a_span_in_the_callers_trace(
     start_service: StartService, collector: Collector, lane: str
 ) -> None:
     service = start_service(
@@ -104,21 +104,21 @@ def test_a_call_is_a_span_of_the_callers_trace(
     assert told["http.route"] == "/sessions/{session_id}/calls"
     assert told["http.request.method"] == "POST"
     assert told["http.response.status_code"] == 403
-    # The id is a capability, so that only its beginning leaves the service.
+    # The id is a capability, so only its beginning leaves the service.
     assert told["url.path"] == path[:18] + "/calls"
     lines = [json.loads(line) for line in service.log]
     (line,) = [each for each in lines if each["event"] == "calls denied"]
     assert (line["trace_id"], line["span_id"]) == (TRACE, span.span_id.hex())
 
 
-def test_health_checks_and_scrapes_are_no_spans(
+def test_health_checks_and_scrapes_make_no_spans(
     start_service: StartService, collector: Collector
 ) -> None:
     service = start_service(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
     for path in ("/livez", "/readyz", "/healthz", "/metrics"):
         httpx.get(f"{service.url}{path}")
     httpx.get(f"{service.url}/sessions")
-    # What has not been sent yet is sent now.
+    # Stopping flushes the pending spans.
     assert service.stop() == 0
 
     assert collector.service_name() == "arbiter"
@@ -132,7 +132,7 @@ def test_without_an_endpoint_there_are_no_traces(start_service: StartService) ->
     assert not any("trace_id" in line for line in service.log)
 
 
-def test_a_collector_that_is_away_costs_no_request(start_service: StartService) -> None:
+def test_an_unreachable_collector_fails_no_request(start_service: StartService) -> None:
     service = start_service(
         OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
         OTEL_EXPORTER_OTLP_TIMEOUT="1",
@@ -142,7 +142,7 @@ def test_a_collector_that_is_away_costs_no_request(start_service: StartService) 
     assert httpx.post(f"{service.url}/sessions", json=session_request()).status_code == 201
 
 
-def test_without_the_extra_the_service_says_so_and_goes_on() -> None:
+def test_a_missing_extra_is_logged_and_not_fatal() -> None:
     without = "import sys; sys.modules['opentelemetry.sdk'] = None\n"
     said = subprocess.run(
         [sys.executable, "-c", without + "import app.__main__ as a; a.main(['openapi'])"],
@@ -169,11 +169,11 @@ def test_without_the_extra_the_service_says_so_and_goes_on() -> None:
         ("/problems/rate_limited", "/problems/rate_limited"),
     ],
 )
-def test_ids_are_shortened_wherever_they_stand(path: str, expected: str) -> None:
+def test_ids_are_shortened_anywhere_in_a_path(path: str, expected: str) -> None:
     assert redacted(path) == expected
 
 
-def test_a_cursor_which_has_an_id_in_it_stays_here(
+def test_a_cursor_which_contains_an_id_is_redacted(
     start_service: StartService, collector: Collector
 ) -> None:
     service = start_service(

@@ -1,4 +1,4 @@
-"""Workers whose metrics add up, without processes or waiting."""
+"""Metrics summed over workers, without real processes or waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.observability.workers import PUBLISH_EVERY_SECS, SharedMetrics
 
 
 def counted(calls: int) -> Metrics:
-    """A worker that has had so many calls."""
+    """Return the metrics of a worker after `calls` calls."""
     metrics = Metrics()
     metrics.decisions["call", "admitted"] += calls
     metrics.created += calls
@@ -31,7 +31,7 @@ def counted(calls: int) -> Metrics:
     return metrics
 
 
-def test_a_scrape_of_one_adds_up_all(tmp_path: Path) -> None:
+def test_a_scrape_of_one_worker_sums_all(tmp_path: Path) -> None:
     workers = [SharedMetrics(counted(calls), tmp_path) for calls in (1, 2, 4)]
     for worker in workers:
         worker.publish()
@@ -41,7 +41,7 @@ def test_a_scrape_of_one_adds_up_all(tmp_path: Path) -> None:
     assert texts == {SharedMetrics(counted(7), None).render(3)}
 
 
-def test_what_changed_is_published_again_and_one_is_not_counted_twice(tmp_path: Path) -> None:
+def test_counts_published_again_are_not_counted_twice(tmp_path: Path) -> None:
     first, second = (SharedMetrics(counted(1), tmp_path) for _ in range(2))
     for _ in range(3):
         first.own.decisions["call", "admitted"] += 1
@@ -54,20 +54,20 @@ def test_what_changed_is_published_again_and_one_is_not_counted_twice(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_worker_that_is_gone_stays_counted(tmp_path: Path) -> None:
-    async def nights(secs: float) -> None:
+def test_the_counts_of_an_exited_worker_are_kept(tmp_path: Path) -> None:
+    async def sleep_once(secs: float) -> None:
         assert secs == PUBLISH_EVERY_SECS
         gone.own.created += 1
         raise asyncio.CancelledError
 
-    gone = SharedMetrics(counted(2), tmp_path, nights)
+    gone = SharedMetrics(counted(2), tmp_path, sleep_once)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(gone.run())
 
     assert b"arbiter_sessions_created_total 3.0" in SharedMetrics(Metrics(), tmp_path).render(0)
 
 
-def test_what_a_worker_held_when_it_was_killed_is_not_counted(tmp_path: Path) -> None:
+def test_the_gauges_of_a_killed_worker_are_dropped(tmp_path: Path) -> None:
     killed = subprocess.Popen(["true"])
     killed.wait()
     worker = SharedMetrics(counted(2), tmp_path)
@@ -93,7 +93,7 @@ def test_a_single_process_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_read_does_not_cost_the_scrape(tmp_path: Path) -> None:
+def test_an_unreadable_file_does_not_fail_the_scrape(tmp_path: Path) -> None:
     worker = SharedMetrics(counted(1), tmp_path)
     worker.publish()
     (tmp_path / "half.json").write_text("{")
@@ -106,23 +106,23 @@ def test_what_cannot_be_read_does_not_cost_the_scrape(tmp_path: Path) -> None:
     assert worker.render(0) == SharedMetrics(counted(1), None).render(0)
 
 
-def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+def test_publishing_survives_the_loss_of_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "metrics"
     folder.mkdir()
-    nights = 0
+    sleeps = 0
 
-    async def night(secs: float) -> None:
-        nonlocal nights
-        nights += 1
-        if nights == 1:
+    async def sleep(secs: float) -> None:
+        nonlocal sleeps
+        sleeps += 1
+        if sleeps == 1:
             shutil.rmtree(folder)
             worker.own.created += 1
-        if nights == 3:
+        if sleeps == 3:
             raise asyncio.CancelledError
 
-    worker = SharedMetrics(counted(1), folder, night)
+    worker = SharedMetrics(counted(1), folder, sleep)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(worker.run())
 
-    assert nights == 3
+    assert sleeps == 3
     assert b"arbiter_sessions_created_total 2.0" in worker.render(0)

@@ -1,6 +1,6 @@
-"""Where a Redis or Valkey is, from a URL, and a client of it.
+"""The URL of a Redis or Valkey server, and a client for it.
 
-The client tries nothing twice: an admission whose answer was lost may have been counted.
+The client never retries: an admission whose reply was lost may have been counted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from redis.backoff import NoBackoff
 Client = Redis | RedisCluster
 
 CONNECTIONS = 8
-"""Most connections to one engine."""
+"""The most connections to one server."""
 
 DEADLINE_MS, MAX_DEADLINE_MS = 250, 60_000
 
 PATIENCE = 4
-"""Deadlines that a reply may take before its connection is given up."""
+"""How many deadlines may pass without a reply before its connection is given up."""
 
 _PLAIN, _TLS = "redis", "rediss"
 _CLUSTER, _SENTINEL = "redis+cluster", "redis+sentinel"
@@ -34,41 +34,46 @@ _FLAGS = {"true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """What a URL says. `repr` has no password."""
+    """A parsed store URL. Its `repr` contains no password."""
 
     kind: str
     hosts: tuple[tuple[str, int], ...]
     db: int
     service: str
-    """What the sentinels call the primary."""
+    """The name by which the sentinels know the primary."""
     tls: bool
     allow_eviction: bool
     deadline_secs: float
-    """How long a request waits for the engine."""
+    """How long a request waits for a reply."""
     credentials: _Credentials
 
     @classmethod
     def parse(cls, url: str) -> RedisUrl:
-        """`redis://[user:password@]host[:port][/db]`, `rediss://` for TLS;
-        `redis+cluster://host,host`; `redis+sentinel://host,host/name[/db]`; options
-        `?tls=true`, `?allow_eviction=true` and `?deadline_ms=250`. Raises `ValueError`,
-        never with the password."""
+        """Parse `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS,
+        `redis+cluster://host,host` or `redis+sentinel://host,host/name[/db]`. The options are
+        `?tls=true`, `?allow_eviction=true` and `?deadline_ms=250`.
+
+        Raises `ValueError`, whose message never contains the password.
+        """
         try:
             parts = urlsplit(url)
         except ValueError:
-            # Whose message has the password.
-            raise ValueError("write the URL in ASCII, anything else as %XX") from None
+            # The original message contains the password.
+            raise ValueError(
+                "the URL is malformed; write other characters than plain ASCII as %XX"
+            ) from None
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         options = dict(pairs)
         if parts.fragment or len(pairs) > len(options) or not options.keys() <= _OPTIONS:
             raise ValueError(
-                "the only options are tls=true, allow_eviction=true and deadline_ms=250"
+                "the URL has a fragment, or an unknown or repeated option; the options are "
+                "tls=true, allow_eviction=true and deadline_ms=250"
             )
         deadline_ms = options.pop("deadline_ms", str(DEADLINE_MS))
         if not deadline_ms.isdecimal() or not 1 <= int(deadline_ms) <= MAX_DEADLINE_MS:
-            raise ValueError(f"deadline_ms is a number from 1 to {MAX_DEADLINE_MS}")
+            raise ValueError(f"deadline_ms must be a whole number from 1 to {MAX_DEADLINE_MS}")
         if not set(options.values()) <= _FLAGS.keys():
-            raise ValueError("tls and allow_eviction are true or false")
+            raise ValueError("tls and allow_eviction must be true or false")
         flags = {name: _FLAGS[value] for name, value in options.items()}
         service, db = _path(parts)
         return cls(
@@ -87,7 +92,7 @@ class RedisUrl:
         return f"{self.kind}://{hosts}"
 
     def client(self) -> Client:
-        """A client that has not connected yet."""
+        """Return a client that has not connected yet."""
         timeout_secs = PATIENCE * self.deadline_secs
         common: dict[str, Any] = {
             "username": self.credentials.username,
@@ -142,11 +147,16 @@ class _Credentials:
 def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
     before, _, hosts = parts.netloc.rpartition("@")
     if "@" in before:
-        raise ValueError("write user and password once, before all hosts, and @ in them as %40")
+        raise ValueError(
+            "the URL has several @; write user and password once, before all hosts, "
+            "and any @ in them as %40"
+        )
     listed = hosts.split(",")
     several = parts.scheme in {_CLUSTER, _SENTINEL}
     if len(listed) > 1 and not several:
-        raise ValueError("write one host; several are for redis+cluster or redis+sentinel")
+        raise ValueError(
+            "the URL has several hosts; write one, or use redis+cluster:// or redis+sentinel://"
+        )
     return tuple(_host(each, _PORTS.get(parts.scheme, 6379)) for each in listed)
 
 
@@ -155,22 +165,28 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
     try:
         port = parts.port
     except ValueError:
-        raise ValueError("a port is a number from 1 to 65535") from None
+        raise ValueError("the port must be a number from 1 to 65535") from None
     if not parts.hostname:
-        raise ValueError("write the host of the engine, as in redis://localhost:6379")
+        raise ValueError("the URL has no host; write one, as in redis://localhost:6379")
     return parts.hostname, port or default_port
 
 
 def _path(parts: SplitResult) -> tuple[str, int]:
-    """The name of the service, for sentinels, and the number of the database."""
+    """The name of the primary, for sentinels, and the number of the database."""
     pieces = [piece for piece in parts.path.split("/") if piece]
     service = ""
     if parts.scheme == _SENTINEL:
         if not pieces:
-            raise ValueError("write what the sentinels call the primary after the hosts")
+            raise ValueError(
+                "the URL does not name the primary; write its name after the hosts, as in "
+                "redis+sentinel://host/main"
+            )
         service = unquote(pieces.pop(0))
     if not pieces:
         return service, 0
     if parts.scheme == _CLUSTER or len(pieces) > 1 or not pieces[0].isdecimal():
-        raise ValueError("after the host comes only the number of a database, if any")
+        raise ValueError(
+            "the path of the URL is not valid; it may only be the number of a database, as in "
+            "redis://localhost:6379/0, and redis+cluster:// has none"
+        )
     return service, int(pieces[0])
