@@ -1,5 +1,5 @@
-# Each line is a command that a person could type. Every target makes .venv when it is
-# missing, with python3 and pip and nothing else.
+# Each line is a command that a person could type. Every target makes .venv if it is missing;
+# that takes python3 and pip and nothing else.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,12 +7,13 @@ BIN := .venv/bin
 .PHONY: serve test lint bench bench-quick install lock clean
 
 serve: .venv/runtime
-	$(BIN)/python -m app
+	$(BIN)/arbiter
 
 install: .venv/dev
 
+# The tests of one file stay in one process. PYTEST_OPTIONS="--numprocesses 0" runs them all in one.
 test: .venv/dev
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_OPTIONS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -27,11 +28,12 @@ bench: .venv/dev
 bench-quick: .venv/dev
 	$(BIN)/python -m bench --quick
 
-# After a change of the dependencies in pyproject.toml.
+# After a change of the dependencies in pyproject.toml, with Python 3.11. Existing pins stay.
 lock: .venv/dev
+	$(COMPILE) --all-build-deps --only-build-deps --output-file requirements-build.lock pyproject.toml
 	$(COMPILE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra opentelemetry --constraint requirements.lock --output-file requirements-opentelemetry.lock pyproject.toml
-	$(COMPILE) --extra dev --constraint requirements-opentelemetry.lock --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra dev --all-build-deps --constraint requirements-build.lock --constraint requirements-opentelemetry.lock --output-file requirements-dev.lock pyproject.toml
 
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
@@ -41,10 +43,15 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/runtime: requirements.lock | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The project itself is installed last, as a link to this folder: that makes .venv/bin/arbiter.
+.venv/runtime: requirements.lock requirements-build.lock pyproject.toml | .venv/bin/python
+	$(PIP) --require-hashes --requirement requirements.lock --requirement requirements-build.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/dev: requirements-dev.lock | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.lock
+.venv/dev: requirements-dev.lock pyproject.toml | .venv/bin/python
+	$(PIP) --require-hashes --requirement requirements-dev.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@ .venv/runtime

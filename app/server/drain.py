@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import uvicorn
@@ -14,6 +16,17 @@ from typing_extensions import override
 
 from app.observability.logs import get_logger
 from app.server.gate import Gate
+
+_SO_ATTACH_FILTER = 26
+"""Linux, asm-generic/socket.h."""
+
+_DROP_SYN = (
+    # Classic BPF (linux/filter.h): load the byte with the flags, and drop what has SYN set.
+    struct.pack("@HBBI", 0x30, 0, 0, 13),
+    struct.pack("@HBBI", 0x45, 0, 1, 0x02),
+    struct.pack("@HBBI", 0x06, 0, 0, 0),
+    struct.pack("@HBBI", 0x06, 0, 0, 0xFFFFFFFF),
+)
 
 
 class DrainingServer(uvicorn.Server):
@@ -27,11 +40,25 @@ class DrainingServer(uvicorn.Server):
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for each in sockets or []:
-            each.listen(0)
+            hold_back_connections(each)
         # The event loop accepts one connection a turn.
         for _ in range(self.config.backlog + 1):
             await asyncio.sleep(0)
         await super().shutdown(sockets)
+
+
+def hold_back_connections(listening: socket.socket) -> None:
+    """Make a listening socket take no new connections, while its backlog can be accepted.
+
+    A packet filter drops every SYN. Clients send theirs again until the socket is closed, and
+    are then refused. Without packet filters the backlog is only made as short as possible, and a
+    connection can still slip in.
+    """
+    listening.listen(0)
+    program = ctypes.create_string_buffer(b"".join(_DROP_SYN))
+    described = struct.pack("@HP", len(_DROP_SYN), ctypes.addressof(program))
+    with suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
 
 
 class Drain:
