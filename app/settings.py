@@ -1,7 +1,7 @@
-"""Configuration: environment variables that start with `ARBITER_`, and `.env`.
+"""Configuration: environment variables with the prefix `ARBITER_`, and `.env`.
 
-Read once, by the composition root. A variable with our prefix that we do not know is an
-error: a typo must not fall back to something less safe.
+Only the composition root reads it, once. An unknown variable with the prefix is an error,
+because a typo must not make the service less safe.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ REDACTED = "***"
 
 
 class BadSettings(Exception):
-    """The configuration cannot be used; the message is one sentence that says why."""
+    """The configuration cannot be used. The message says why in one sentence."""
 
 
 class Settings(BaseSettings):
-    """Every setting. Durations are in seconds."""
+    """All settings. Durations are in seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, env_ignore_empty=False
@@ -74,13 +74,13 @@ class Settings(BaseSettings):
             return value
         keys = tuple(ApiKey.parse(part) for part in value.split(",")) if value.strip() else ()
         if len({key.name for key in keys}) != len(keys):
-            raise ValueError("two API keys have the same name; rotate with a new name")
+            raise ValueError("two API keys have the same name; use a new name to rotate a key")
         return keys
 
     @field_validator("audit_log")
     @classmethod
     def _file_or_stdout(cls, value: str | None) -> str | None:
-        # A relative path would depend on where the service was started.
+        # A relative path would depend on the directory in which the service starts.
         if value is not None and value != STDOUT and not Path(value).is_absolute():
             raise ValueError("give the absolute path of a file, or stdout")
         return value
@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _known_store(cls, value: str) -> str:
-        # Made and thrown away: a store connects to nothing before it is opened.
+        # Created only to check the URL. A store connects to nothing before it is opened.
         open_store(value, StoreLimits())
         return value
 
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     def check_workers(self) -> None:
         """Raise `BadSettings` if several processes cannot share the store."""
         if reason := self._one_process():
-            raise BadSettings(f"uvicorn must not have --workers {reason}")
+            raise BadSettings(f"uvicorn cannot use --workers {reason}")
 
     def _one_process(self) -> str | None:
         scheme = scheme_of(self.store_url)
@@ -109,18 +109,18 @@ class Settings(BaseSettings):
         return reason and f"with the {scheme} store: {reason}"
 
     def check_bind(self) -> None:
-        """Raise `BadSettings` if the service would be open to other machines."""
+        """Raise `BadSettings` if other machines could use the service without a key."""
         if self.api_keys or self.allow_unauthenticated or is_loopback(self.host):
             return
         raise BadSettings(
             f"refusing to listen on {self.host} without authentication: set ARBITER_API_KEYS "
             "(make a key with: arbiter keys new --name NAME --scope SCOPE, from the container "
             "image with: docker run --rm arbiter keys new --name NAME --scope SCOPE), or set "
-            "ARBITER_ALLOW_UNAUTHENTICATED=true if everybody who can connect may do everything"
+            "ARBITER_ALLOW_UNAUTHENTICATED=true if everyone who can connect may do everything"
         )
 
     def printable(self) -> dict[str, str]:
-        """Every variable and its value, secrets redacted."""
+        """Return all variables and their values, with secrets redacted."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         values["store_url"] = redact_url(self.store_url)
         values["api_keys"] = ",".join(
@@ -138,7 +138,7 @@ def _text(value: object) -> str:
 
 
 def redact_url(url: str) -> str:
-    """The URL without its password and the values of its query."""
+    """Return the URL with its password and its query redacted."""
     parts = urlsplit(url)
     if parts.query:
         parts = parts._replace(query=REDACTED)
@@ -149,7 +149,7 @@ def redact_url(url: str) -> str:
 
 
 def load_settings() -> Settings:
-    """The settings of this process. Raises `BadSettings`."""
+    """Read the settings of this process. Raises `BadSettings`."""
     _refuse_unknown([*os.environ, *_names_in(Path(".env"))])
     try:
         return Settings()
@@ -158,14 +158,17 @@ def load_settings() -> Settings:
 
 
 def _names_in(env_file: Path) -> list[str]:
-    """The names in `.env`. Raises `BadSettings` for a line that would be passed over: a key
-    that is misspelt must not leave the service open."""
+    """Return the names in `.env`.
+
+    Raises `BadSettings` for a line that would be ignored, because a mistake in the line with
+    the API keys must not leave the service open.
+    """
     if not env_file.is_file():
         return []
     try:
         bindings = list(parse_stream(io.StringIO(env_file.read_text(encoding="utf-8"))))
     except UnicodeDecodeError:
-        raise BadSettings(f"{env_file} is not UTF-8") from None
+        raise BadSettings(f"{env_file} is not UTF-8; save it as UTF-8") from None
     for each in bindings:
         if each.error or (each.key is not None and each.value is None):
             raise BadSettings(f"{env_file}, line {each.original.line}: write NAME=value")
@@ -177,13 +180,12 @@ def _refuse_unknown(names: Iterable[str]) -> None:
     unknown = sorted(n for n in set(names) if n.upper().startswith(PREFIX) and n not in known)
     if unknown:
         raise BadSettings(
-            f"unknown setting {', '.join(unknown)}; "
-            f"the known ones are {', '.join(sorted(known))}"
+            f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
         )
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """One validation error as one sentence, without the value."""
+    """Return a validation error as one sentence, without the value."""
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message

@@ -1,4 +1,4 @@
-"""Configuration, and the sentences that say what is wrong with it."""
+"""Configuration, and the messages about mistakes in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGEST = "0123456789abcdef" * 4
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No .env but the test's own."""
+    """Run in a folder whose only .env is the test's own."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -29,7 +29,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     return str(refusal.value)
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
+def test_the_defaults_are_as_documented() -> None:
     chosen = load_settings()
 
     assert (chosen.host, chosen.port, chosen.store_url) == ("127.0.0.1", 8000, "memory://")
@@ -64,7 +64,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ({"ARBITER_HOST": "example.org", "ARBITER_API_KEYS": ""}, "refusing to listen on"),
     ],
 )
-def test_a_bad_setting_is_one_clear_sentence(
+def test_a_bad_setting_is_explained_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
 ) -> None:
     assert says in refused(monkeypatch, **variables)
@@ -97,7 +97,7 @@ def test_every_number_has_a_floor_and_a_ceiling(
         assert sentence.startswith(f"{name} must be ")
         assert f"from {low:g} to {high}" in sentence
 
-    # As a number alone; a store may still refuse several workers.
+    # Redis, because the other stores refuse several workers.
     for value in (low, high):
         assert Settings.model_fields[name.removeprefix("ARBITER_").lower()]
         monkeypatch.setenv("ARBITER_STORE_URL", "redis://localhost")
@@ -115,7 +115,7 @@ def test_every_number_is_in_the_table() -> None:
     assert numeric == NUMBERS.keys()
 
 
-def test_a_wrong_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DIGEST not in refused(monkeypatch, ARBITER_API_KEYS=f"a:boss:{DIGEST}")
 
 
@@ -128,7 +128,7 @@ def test_an_explicit_zero_is_not_taken_for_unset(monkeypatch: pytest.MonkeyPatch
     assert (chosen.max_active_sessions_per_agent, chosen.retention_secs) == (0, 0)
 
 
-def test_with_keys_every_address_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_keys_any_address_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARBITER_HOST", "0.0.0.0")
     monkeypatch.setenv("ARBITER_API_KEYS", f"gate:proxy:{DIGEST}, ops:operate:{DIGEST}")
 
@@ -138,7 +138,7 @@ def test_with_keys_every_address_will_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [key.name for key in chosen.api_keys] == ["gate", "ops"]
 
 
-def test_settings_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_can_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("ARBITER_PORT=9000\nOTHER=1\n")
     assert load_settings().port == 9000
 
@@ -155,7 +155,7 @@ def test_settings_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.Monke
         b"ARBITER_API_KEYS=\xff",
     ],
 )
-def test_a_line_of_the_file_that_says_nothing_is_refused(
+def test_a_line_of_the_file_that_sets_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
 ) -> None:
     (tmp_path / ".env").write_bytes(text)
@@ -199,14 +199,14 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestCommands:
-    def test_a_bad_setting_ends_the_command_with_2(self) -> None:
+    def test_a_bad_setting_ends_a_command_with_exit_code_2(self) -> None:
         for command in ("serve", "config"):
             ended = run(command, ARBITER_PORT="x")
             assert ended.returncode == 2
             assert ended.stderr.startswith("arbiter: ARBITER_PORT must be ")
             assert ended.stderr.count("\n") == 1
 
-    def test_uvicorn_says_the_same(self) -> None:
+    def test_uvicorn_reports_the_same_error(self) -> None:
         root = Path(__file__).parent.parent
         ended = subprocess.run(
             [sys.executable, "-m", "uvicorn", "app.main:app"],
@@ -236,7 +236,7 @@ class TestCommands:
             served.terminate()
             served.communicate(timeout=60)
 
-        assert "must not have --workers with the memory store" in said
+        assert "cannot use --workers with the memory store" in said
 
     def test_config_prints_every_setting_redacted(self) -> None:
         printed = run("config", ARBITER_API_KEYS=f"gate:proxy:{DIGEST}").stdout
@@ -250,7 +250,7 @@ class TestCommands:
         assert made[3].startswith("Bearer gate.")
         assert run("config", ARBITER_API_KEYS=made[1]).returncode == 0
 
-    def test_a_name_that_a_key_cannot_have_is_refused(self) -> None:
+    def test_an_invalid_name_of_a_key_is_refused(self) -> None:
         ended = run("keys", "new", "--name", "a b", "--scope", "proxy")
 
         assert ended.returncode == 2

@@ -37,7 +37,7 @@ _ADMISSION = problem_responses(
     *ALWAYS,
 ) | {
     200: {"description": "Admitted and counted.", "headers": RATE_HEADERS},
-    204: {"description": "Admitted and counted; without a body, as requested.", "headers": RATE_HEADERS},
+    204: {"description": "Admitted and counted, without a body.", "headers": RATE_HEADERS},
 }
 
 

@@ -111,7 +111,8 @@ def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _field_error(error: dict[str, Any]) -> dict[str, str]:
-    """Say where an error is and why, without the input. An unknown field's name is input."""
+    """Return where and why a field is invalid, without the input. The name of an unknown field
+    is input too."""
     location, *path = map(str, error["loc"])
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -87,7 +87,7 @@ class Problem(BaseModel):
         default=[], description="All rules that the request violates."
     )
     errors: list[FieldError] = Field(default=[], description="The invalid parts.")
-    limit: Count = Field(default=0, description="The limit that the first violation exceeds.")
+    limit: Count = Field(default=0, description="The limit that the request would exceed.")
     used: Count = Field(default=0, description="How much of the limit is used.")
     agent_message: str = Field(default="", description="One sentence for the agent.")
 
@@ -243,7 +243,7 @@ def _drop_defaults(*schemas: dict[str, Any]) -> None:
 
 
 def _tidy(node: Any) -> None:
-    """Declare optional fields as absent rather than null, and bounds of integers as integers."""
+    """Declare optional fields absent rather than null, and bounds of integers as integers."""
     if isinstance(node, list):
         for each in node:
             _tidy(each)

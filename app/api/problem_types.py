@@ -23,8 +23,8 @@ AGENT_MISMATCH = ProblemType(
     403,
     "Wrong agent",
     "The session does not belong to the agent that the request names.",
-    "Send the agent_id that the session was created for, or leave it out. If an agent presented "
-    "another agent's session id, find out how it got that id.",
+    "Send the agent_id that the session was created for, or leave it out. If an agent "
+    "presented another agent's session id, find out how it got that id.",
     "This task session belongs to another agent; stop using it.",
 )
 SESSION_CLOSED = ProblemType(
@@ -77,7 +77,7 @@ RATE_LIMITED = ProblemType(
     "rate_limited",
     429,
     "Rate limit exceeded",
-    "The session's rate limit has too few calls left in the current window.",
+    "The session's rate window has too few calls left.",
     "If retryable is true, wait Retry-After seconds and send the same request. If it is false, "
     "waiting cannot help: no window can hold that many calls, or the session expires first.",
     "This task is calling tools too fast; slow down.",
@@ -125,6 +125,6 @@ ProblemCode.__doc__ = "Every code that a problem can have."
 
 
 def session_not_found() -> Refused:
-    """Return the refusal of a path with the id of no session."""
+    """Return the refusal of a request for a session that does not exist."""
     members = {"retryable": False, "next_action": "new_session", "violations": []}
     return Refused(SESSION_NOT_FOUND, members=members)

@@ -83,10 +83,16 @@ async def create_session(
 )
 async def list_sessions(
     service: Service,
-    agent_id: Annotated[UuidText | None, Query(description="Only sessions of this agent.")] = None,
-    status: Annotated[SessionStatus | None, Query(description="Only sessions with this status.")] = None,
+    agent_id: Annotated[
+        UuidText | None, Query(description="Only sessions of this agent.")
+    ] = None,
+    status: Annotated[
+        SessionStatus | None, Query(description="Only sessions with this status.")
+    ] = None,
     limit: Limit = DEFAULT_PAGE,
-    cursor: Annotated[str | None, Query(description="next_cursor of the previous page.")] = None,
+    cursor: Annotated[
+        str | None, Query(description="next_cursor of the previous page.")
+    ] = None,
 ) -> Response:
     """List sessions in the order of their deadlines. Ended ones stay until they are swept."""
     page = await service.list_sessions(

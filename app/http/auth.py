@@ -58,11 +58,11 @@ class ApiKey:
         except ValueError:
             raise ValueError("an API key must be written <name>:<scope>:<sha256 hex>") from None
         if not _NAME.fullmatch(name):
-            raise ValueError("the name of an API key must be 1 to 64 of A-Z a-z 0-9 _ -")
+            raise ValueError("an API key's name must be 1 to 64 characters A-Z a-z 0-9 _ -")
         if scope not in list(Scope):
-            raise ValueError(f"the scope of an API key must be one of {', '.join(Scope)}")
+            raise ValueError(f"an API key's scope must be one of {', '.join(Scope)}")
         if not _DIGEST.fullmatch(digest):
-            raise ValueError("an API key must end in its SHA-256, 64 lower-case hex digits")
+            raise ValueError("an API key must end in a SHA-256, 64 lower-case hex digits")
         return cls(name, Scope(scope), digest)
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ class Authenticator:
         if authorization is None:
             raise Unauthenticated(
                 "The request needs an API key. Send exactly one header, "
-                "Authorization: Bearer <name>.<secret>."
+                "Authorization: Bearer <name>.<secret>"
             )
         # The look-up first compares a keyed 64-bit hash of the whole header, so its timing does
         # not reveal how much of a guess is right.
@@ -161,7 +161,7 @@ class Authenticator:
         proven = compare_digest(sha256(secret).digest(), expected)
         if not proven or caller is None or scheme.lower() != b"bearer":
             raise Unauthenticated(
-                "The API key is not valid. Send Authorization: Bearer <name>.<secret>."
+                "The API key is not valid. Send Authorization: Bearer <name>.<secret>"
             )
         return caller
 

@@ -95,7 +95,8 @@ class RequestMiddleware:
                 message["body"] = b""
             await send(message)
 
-        # A copy: the server reads the method of its own. The router puts the route into `inner`.
+        # A copy, because the server reads the method from its own scope. The router adds the
+        # route to `inner`.
         inner = {**scope, "method": "GET"} if is_head else scope
         try:
             hosts = [value for name, value in headers if name == b"host"]
@@ -105,7 +106,7 @@ class RequestMiddleware:
                 response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
                 await send_response(send_with_headers, response, [])
         except ClientDisconnect:
-            # The client has disconnected, so there is nobody to respond to.
+            # The client has disconnected, so there is no one to respond to.
             return
         except Failure as error:
             response = failed_response(error, request_id)

@@ -50,24 +50,24 @@ VALIDATION_FAILED = ProblemType(
     422,
     "Invalid request",
     "The request has fields that are missing, unknown or invalid; see errors.",
-    "Correct the fields that errors lists, and send the request again. Nothing is coerced: 5 is "
-    'an integer, but 5.0 and "5" are not. /openapi.json and /docs describe every field.',
+    "Correct the fields that errors lists, and send the request again. Nothing is coerced: 5 "
+    'is an integer, but 5.0 and "5" are not. /openapi.json and /docs describe every field.',
 )
 MALFORMED_JSON = ProblemType(
     "malformed_json",
     400,
     "Malformed JSON",
     "The body is not a single JSON document in UTF-8.",
-    "Send JSON (RFC 8259) in UTF-8, without a byte order mark, NaN, Infinity, or duplicate keys "
-    "in an object.",
+    "Send JSON (RFC 8259) in UTF-8, without a byte order mark, NaN, Infinity, or duplicate "
+    "keys in an object.",
 )
 UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "unsupported_media_type",
     415,
     "Unsupported media type",
     "The body must be JSON in UTF-8. Send exactly one header, Content-Type: application/json",
-    "With curl -d, add -H 'content-type: application/json'; without it curl declares a form. Do "
-    "not compress the body.",
+    "With curl -d, add -H 'content-type: application/json'; without it curl declares a form. "
+    "Do not compress the body.",
 )
 PAYLOAD_TOO_LARGE = ProblemType(
     "payload_too_large",
@@ -81,7 +81,7 @@ UNAUTHENTICATED = ProblemType(
     "unauthenticated",
     401,
     "Not authenticated",
-    "The request has no valid API key. Send Authorization: Bearer <name>.<secret>.",
+    "The request has no valid API key. Send Authorization: Bearer <name>.<secret>",
     "arbiter keys new --name NAME --scope SCOPE makes a key. It prints what to add to "
     "ARBITER_API_KEYS, and the token to send.",
 )
@@ -92,23 +92,23 @@ INSUFFICIENT_SCOPE = ProblemType(
     "The scope of this API key does not cover this request. Use a key with a scope that the "
     "WWW-Authenticate header names.",
     "Use a key with another scope. proxy may create and read sessions and record calls and "
-    "batches. operate may read, list and close sessions, see agents and read metrics. admin may "
-    "do everything.",
+    "batches. operate may read, list and close sessions, see agents and read metrics. admin "
+    "may do everything.",
 )
 MISDIRECTED_REQUEST = ProblemType(
     "misdirected_request",
     421,
     "Host not served",
     "Without API keys this service serves only the hosts localhost, 127.0.0.1 and [::1].",
-    "Use one of these hosts in the URL, or set ARBITER_API_KEYS. The check keeps web pages from "
-    "reaching the service under their own host names (DNS rebinding).",
+    "Use one of these hosts in the URL, or set ARBITER_API_KEYS. The check keeps web pages "
+    "from reaching the service under their own host names (DNS rebinding).",
 )
 STORE_UNAVAILABLE = ProblemType(
     "store_unavailable",
     503,
     "Store unavailable",
-    "The session store did not respond. A call or creation may have been recorded; repeating it "
-    "with the same Idempotency-Key is safe.",
+    "The session store did not respond. A call or creation may have been recorded; repeating "
+    "it with the same Idempotency-Key is safe.",
     "Wait Retry-After seconds and repeat the request with the same Idempotency-Key. If it had "
     "none, a repeated call may be counted twice; read the session first to see its calls_made. "
     "If the error persists, check /readyz and the log.",
@@ -146,7 +146,7 @@ NOT_FOUND = ProblemType(
     404,
     "Not found",
     "This service has nothing at this path; /openapi.json lists the paths of its API.",
-    "Write the path as in /openapi.json, without a trailing slash and without percent-encoding.",
+    "Write the path as in /openapi.json, without a trailing slash or percent-encoding.",
 )
 METHOD_NOT_ALLOWED = ProblemType(
     "method_not_allowed",

@@ -53,7 +53,7 @@ class StrictRequest(Request):
 def check_query(request: Request, known: set[str]) -> None:
     """Raise `Refused` if a query parameter is unknown or repeated."""
     names = [name for name, _ in request.query_params.multi_items()]
-    if unknown := set(names) - known:
+    if set(names) - known:
         takes = f"takes only {', '.join(sorted(known))}" if known else "takes none"
         raise invalid_field("query", "", f"has unknown parameters; this route {takes}")
     for name in known:
@@ -62,8 +62,8 @@ def check_query(request: Request, known: set[str]) -> None:
 
 
 def check_content_type(values: list[str]) -> None:
-    """Raise `Refused` unless there is exactly one `Content-Type`, and it is JSON. Its charset, if
-    any, must be UTF-8."""
+    """Raise `Refused` unless there is exactly one `Content-Type`, and it is JSON. Its charset,
+    if any, must be UTF-8."""
     media_type, _, parameters = (values[0] if len(values) == 1 else "").partition(";")
     charset = parameters.strip().lower().replace('"', "")
     if media_type.strip().lower() != "application/json" or charset not in {
@@ -74,10 +74,11 @@ def check_content_type(values: list[str]) -> None:
 
 
 def check_content_encoding(values: list[str]) -> None:
-    """Raise `Refused` if the body is compressed or otherwise encoded (RFC 9110, section 8.4)."""
+    """Raise `Refused` if the body has a content coding (RFC 9110, section 8.4)."""
     if any(value.strip().lower() != "identity" for value in values):
         raise Refused(
-            UNSUPPORTED_MEDIA_TYPE, "The body is encoded. Send it uncompressed, without Content-Encoding."
+            UNSUPPORTED_MEDIA_TYPE,
+            "The body is encoded. Send it uncompressed, without Content-Encoding.",
         )
 
 

@@ -66,8 +66,8 @@ class StrictRoute(APIRoute):
 
 
 def authorize(request: Request, scopes: tuple[Scope, ...]) -> None:
-    """Identify the caller and store it in `request.state.caller`. Raises `Refused` if the caller
-    is unknown or has none of `scopes`."""
+    """Store the caller in `request.state.caller`. Raises `Refused` if the caller is unknown or
+    has none of `scopes`."""
     authenticator: Authenticator = request.app.state.authenticator
     sent = [value for name, value in request.headers.raw if name == b"authorization"]
     try:

@@ -1,12 +1,12 @@
-"""What uvicorn has no setting for: how large and how slow a request may be, what it must look
-like, and how many are taken at once.
+"""The limits that uvicorn has no setting for: the size, form and duration of requests, and the
+number of requests in flight.
 
-A subclass of uvicorn's connection over httptools. It reaches into its parent; a test holds a
-digest of everything that it leans on, so that a new uvicorn is looked at before it is used.
+`LimitedProtocol` is a subclass of uvicorn's connection over httptools and uses its internals.
+A test holds a digest of those internals, so a change in uvicorn is reviewed before it is used.
 
-What is refused here is answered after what came before it on the same connection, and then
-nothing more is read: the connection is half closed, so that the answer is not lost by the
-reset that unread data would cause, and ended a moment later.
+A refusal is sent after the responses to earlier requests on the connection. Nothing more is
+read then. The connection is half closed first and closed a moment later, because closing it
+with unread data would reset it, and the client could lose the response.
 """
 
 from __future__ import annotations
@@ -39,31 +39,35 @@ from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import LoadShedResponse, refusal
 
 MAX_PIPELINED = 64
-"""Requests that may wait on one connection for the one that is served."""
+"""Maximum number of requests on one connection that wait for the one being served."""
 
 MAX_MESSAGE_BYTES = 2 * MAX_BODY_BYTES
-"""Of a message after its first read, with what frames its chunks, and its trailers."""
+"""Maximum size of a message after its first read, with the framing of chunks and trailers."""
 
 LINGER_SECS = 1.0
-"""How long a connection stays half closed, for the client to read why."""
+"""How long a connection stays half closed, so that the client can read the refusal."""
 
-# With none of these, what may be kept alive is HTTP/1.1, which would take longer to ask.
+# Without these fields, a message that can be kept alive is HTTP/1.1. Asking the parser for the
+# version would take longer.
 _RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 _load_shed_response = LoadShedResponse()
 
 
 class _StopParsing(Exception):
-    """Raised through the parser. Says nothing itself: whoever kept it would keep its frames,
-    and with them what was read, until some garbage collection."""
+    """Raised through the parser to stop it.
+
+    It does not carry the reason: a stored exception would keep its frames, and with them the
+    data read, alive until a garbage collection.
+    """
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. `app_state["gate"]`, from the lifespan, is shared by all of them.
+    """One connection. All connections share `app_state["gate"]`, which the lifespan provides.
 
-    All that is asked of every request stands in the parser's callbacks and is written for
-    speed; what is rare is told from the state that the parent keeps, when it is needed. A
-    message is being received while `cycle` is not its own yet, or wants more of its body.
+    The checks that every request needs are in the parser's callbacks and written for speed.
+    Rare conditions are derived from the parent's state when they are needed. A message is being
+    received while `cycle` is still that of an earlier message, or lacks part of the body.
     """
 
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None until there is one
@@ -101,14 +105,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._earlier = b""
         self._later_bytes = 0
 
-    # What the transport tells.
+    # Events from the transport.
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = HoldableFlow(transport)
         self._within_limit = self._gate.enter(self)
-        # For who is not invited it is always full.
+        # A connection over the limit has no capacity.
         self._max_in_flight = self._gate.max_requests_in_flight if self._within_limit else 0
         self._ends = not self._within_limit
         self._set_deadline(self._gate.request_timeout_secs)
@@ -120,7 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._running is not None:
             self._running.disconnected = True
         if self._in_flight and self._task is not None:
-            # Nobody waits any more; the place is kept until the work is done.
+            # The client has gone, but the request stays in flight until its task is done.
             self._task.add_done_callback(self._release)
 
     @override
@@ -134,7 +138,7 @@ class LimitedProtocol(HttpToolsProtocol):
             data = self._parse(data)
 
     def _parse(self, data: bytes) -> bytes:
-        """Parse what arrived; return what is left of it."""
+        """Parse `data`. Return the bytes to parse next, if any."""
         self._piece = data
         try:
             self.parser.feed_data(data)
@@ -149,13 +153,13 @@ class LimitedProtocol(HttpToolsProtocol):
         return b""
 
     def _without_upgrade(self, rest: bytes) -> bytes:
-        """Return what to parse instead of a head that offers an upgrade, and all that follows.
+        """Return the head without its offer of an upgrade, followed by `rest`, to parse anew.
 
-        The parser takes what follows such a head for another protocol. We support no other, so
+        The parser treats the bytes after an offer as another protocol. We support no other, so
         a new parser gets the same head without the offer (RFC 9110, section 7.8).
         """
         if not self._upgrade_offered:
-            # CONNECT. What follows cannot be parsed, and the response ends the connection.
+            # CONNECT. Nothing after it can be parsed, and the response ends the connection.
             self.flow.hold()
             return b""
         self._upgrade_offered = False
@@ -165,8 +169,8 @@ class LimitedProtocol(HttpToolsProtocol):
         return head.without_upgrade(method, self.url, version, self.headers) + rest
 
     def _on_incomplete(self, data: bytes) -> None:
-        """Check a message of which more is to come, if there is one; `data` is the end of what
-        has arrived."""
+        """Check the message that is still incomplete, if there is one. `data` is what arrived
+        last."""
         if self.scope is None:
             return
         if self.scope is not self._timed:
@@ -184,15 +188,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
-        """Whether the connection stays open: for the answers that a client waits for which has
-        said that it sends nothing more."""
+        """Return whether the connection stays open. A client that has finished sending can
+        still wait for responses."""
         self._client_ended = True
         return self._in_flight or None
 
     @override
     def pause_writing(self) -> None:
         super().pause_writing()
-        # A client that does not read its answers must not keep them in memory.
+        # A client that does not read its responses must not keep them in memory.
         self._await_flushing()
 
     @override
@@ -202,7 +206,7 @@ class LimitedProtocol(HttpToolsProtocol):
         gate = self._gate
         self._set_deadline(gate.request_timeout_secs if waits else gate.keep_alive_secs)
 
-    # What the parser tells.
+    # Events from the parser.
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -222,7 +226,7 @@ class LimitedProtocol(HttpToolsProtocol):
             or not self.parser.should_keep_alive()
         ):
             if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
-                # It comes again, without the offer.
+                # The head is parsed again, without the offer.
                 self._upgrade_offered = True
                 return
             self._check_fields(fields)
@@ -230,7 +234,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if is_late or b"#" in self.url or b"RTSP/" in self._piece:
             self._check_target()
         length = fields.get(b"content-length")
-        # The parser has seen to it that it is one number.
+        # The parser has ensured that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
             self._stop(Refused(PAYLOAD_TOO_LARGE))
         if is_late:
@@ -240,7 +244,7 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._metrics.requests_in_flight >= self._max_in_flight and not self._has_capacity(
             self.parser.get_method(), self.url
         ):
-            # After these it would not be certain where the next message begins.
+            # With these it would be uncertain where the next message begins.
             ends = self.expect_100_continue or b"transfer-encoding" in fields
             ends = ends or not self.parser.should_keep_alive()
             if not self._shed(self.parser.get_method(), self.headers, ends=ends):
@@ -249,11 +253,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._set_deadline(self._gate.request_timeout_secs)
             return
         super().on_headers_complete()
-        # Trailers are not merged into them (RFC 9110, section 6.5.1).
+        # Trailers must not be merged into the headers (RFC 9110, section 6.5.1).
         self.headers = []
 
     def _check_pipeline(self) -> None:
-        """Let a few messages wait for the one that is served, and read no more meanwhile."""
+        """Let a few messages wait for the one being served, and pause reading."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(Refused(OVERLOADED))
         self.flow.hold()
@@ -274,21 +278,21 @@ class LimitedProtocol(HttpToolsProtocol):
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
         version = self.parser.get_http_version()
-        # HTTP/1.0 knows no 100 (RFC 9110, section 10.1.1).
+        # HTTP/1.0 has no 100 Continue (RFC 9110, section 10.1.1).
         expects = fields.get(b"expect", b"").lower() == b"100-continue"
         self.expect_100_continue = expects and version != "1.0"
         is_last = self.parser.should_upgrade() or version == "1.0"
         self._ends = self._ends or is_last
 
     def _check_head_size(self) -> None:
-        # A read holds more than this head. Its fields count as far as they are complete, and
-        # of one that is not, what came after the first read.
+        # One read can hold more than this head, so only complete fields count, and of an
+        # incomplete one the bytes after the first read.
         known = head.size_bytes(self.url, self.headers)
         if max(known, self._later_bytes) > head.MAX_BYTES:
             self._stop(Refused(HEADERS_TOO_LARGE))
 
     def _stop(self, reason: Refused) -> NoReturn:
-        """Refuse what is being received."""
+        """Refuse the message that is being received."""
         self._reason = reason
         raise _StopParsing
 
@@ -316,7 +320,7 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.more_body = False
             cycle.message_event.set()
             if cycle is not self._running:
-                # It waits for those before it.
+                # It waits for earlier messages.
                 return
             full = self._metrics.requests_in_flight >= self._max_in_flight
             if not full or self._has_capacity_for(cycle):
@@ -324,12 +328,12 @@ class LimitedProtocol(HttpToolsProtocol):
             elif not self._shed_whole(cycle):
                 self._stop(Refused(OVERLOADED))
 
-    # What is done with a request.
+    # Serving and shedding.
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Wait for its body: whoever sends slowly takes up a connection, but no place among
-        the requests in flight."""
+        """Wait for the body first, so a client that sends slowly uses a connection, but does
+        not count among the requests in flight."""
         self._running = cycle
         if cycle.waiting_for_100_continue:
             cycle.waiting_for_100_continue = False
@@ -345,7 +349,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _serve_next(self) -> None:
-        """Go on with the messages that waited for the one that has been answered."""
+        """Continue with the messages that waited for the one that has been answered."""
         while self.pipeline:
             cycle, app = self.pipeline.pop()
             if cycle.more_body:
@@ -372,7 +376,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._set_deadline(self._gate.keep_alive_secs)
 
     def _has_capacity(self, method: bytes, target: bytes) -> bool:
-        """Whether a request is served though it is full."""
+        """Return whether to serve a request although the limit is reached."""
         if target.partition(b"?")[0] in HEALTH_PATHS:
             return True
         return self._within_limit and self._gate.has_capacity(method)
@@ -381,24 +385,26 @@ class LimitedProtocol(HttpToolsProtocol):
         return self._has_capacity(cycle.scope["method"].encode(), cycle.scope["raw_path"])
 
     def _shed_whole(self, cycle: RequestResponseCycle) -> bool:
-        """Turn away a message that has come whole. False if that should rather end the
-        connection."""
+        """Shed a complete message. Return False if the connection must be closed instead."""
         cycle.response_started = cycle.response_complete = True
         method = cycle.scope["method"].encode()
         return self._shed(method, cycle.scope["headers"], ends=not cycle.keep_alive)
 
     def _shed(self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool) -> bool:
-        """Answer at once that there is too much to do. False if that should rather end the
-        connection. Whatever is done here is done most when there is least time: it must cost
-        much less than serving."""
+        """Respond at once that the service is overloaded. Return False if the connection must
+        be closed instead.
+
+        This runs most often when the service has the least time, so it must cost much less than
+        serving.
+        """
         if ends or self._ends or self._gate.draining or self.flow.write_paused:
             return False
         self._answered = True
         self._metrics.refused[OVERLOADED.code] += 1
-        answer = _load_shed_response.answer(sent, self.server_state.default_headers)
+        response = _load_shed_response.answer(sent, self.server_state.default_headers)
         if method == b"HEAD":
-            answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        self.transport.write(answer)
+            response = response[: response.index(b"\r\n\r\n") + 4]
+        self.transport.write(response)
         self._set_deadline(self._gate.keep_alive_secs)
         return True
 
@@ -411,8 +417,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         self._answered = True
-        # Here and not when the task is done, which the event loop tells a turn later, when it
-        # has read, and would have turned away, what came meanwhile.
+        # Not when the task is done: the event loop reports that one turn later, and requests
+        # that it read in between would be shed.
         self._release()
         if self.transport.is_closing():
             self._await_flushing()
@@ -425,10 +431,10 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle is None or (cycle.scope is self.scope and not cycle.more_body):
                 self.deadline = self.loop.time() + self._gate.keep_alive_secs
 
-    # States.
+    # State.
 
     def _is_in_body(self) -> bool:
-        """Whether the head of the newest message is complete."""
+        """Return whether the head of the newest message is complete."""
         return self.cycle is not None and self.cycle.scope is self.scope
 
     def _is_receiving(self) -> bool:
@@ -437,29 +443,29 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.cycle.more_body
 
     def is_idle(self) -> bool:
-        """Whether it has had a request and waits for the next."""
+        """Return whether it has answered a request and waits for the next."""
         busy = self._in_flight or self._is_receiving() or self._refused is not None
         return self._answered and not busy
 
-    # Ends.
+    # Deadlines and closing.
 
     def _set_deadline(self, secs: float) -> None:
         self.deadline = self.loop.time() + secs
 
     def _await_flushing(self) -> None:
-        """Give the client time to take its answer."""
+        """Give the client time to read the response."""
         self._unsent_bytes = unsent_bytes(self.transport)
         self._set_deadline(self._gate.request_timeout_secs)
 
     def on_deadline(self) -> None:
-        """Be told that the deadline has passed."""
+        """Refuse a request that is too slow, or close the connection."""
         if self.transport.is_closing() or self.flow.write_paused:
             if unsent_bytes(self.transport) < self._unsent_bytes:
                 self._await_flushing()
             else:
                 self.transport.abort()
         elif self._in_flight and (self.flow.read_paused or not self._is_receiving()):
-            # It is we who take the time.
+            # The service, not the client, is taking the time.
             self._set_deadline(self._gate.request_timeout_secs)
         elif self._refused is None and self._is_receiving():
             self._refuse(Refused(REQUEST_TIMEOUT))
@@ -468,7 +474,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def drop(self) -> None:
-        """Make room."""
+        """Close at once, to make room."""
         self.transport.abort()
 
     @override
@@ -484,11 +490,11 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._set_deadline(LINGER_SECS)
 
     def _refuse(self, refused: Refused) -> None:
-        """Answer with a problem, after what is being answered, and read no more."""
+        """Respond with a problem, after the response in progress, and read nothing more."""
         self._metrics.refused[refused.kind.code] += 1
         self._refused = refused
         self.flow.hold()
-        # They may hold a whole read of what is too large.
+        # They may hold a whole read of an oversized message.
         self._piece = self._earlier = b""
         self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
         message = self.cycle
@@ -496,7 +502,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._half_close()
             return
         if message is not None and message.more_body:
-            # It is the body of this message that is refused.
+            # The body of this message is refused.
             message.body = bytearray()
             if message in (waiting for waiting, _ in self.pipeline):
                 self.pipeline.popleft()

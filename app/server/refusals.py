@@ -22,10 +22,10 @@ def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) 
     headers = [] if scope is None else scope["headers"]
     sent = [value for name, value in headers if name == REQUEST_ID]
     request_id = choose_request_id(sent)
-    answer = refused_response(refused, request_id)
+    response = refused_response(refused, request_id)
     if scope is not None and scope.get("method") == "HEAD":
-        answer = answer._replace(body=b"")
-    return encode_response(answer, server_headers, [*common_headers(request_id), CLOSE])
+        response = response._replace(body=b"")
+    return encode_response(response, server_headers, [*common_headers(request_id), CLOSE])
 
 
 class LoadShedResponse:
@@ -45,11 +45,11 @@ class LoadShedResponse:
             self._parts.clear()
         parts = self._parts.get(len(request_id))
         if parts is None:
-            parts = self._parts[len(request_id)] = self._made(len(request_id))
+            parts = self._parts[len(request_id)] = self._encode(len(request_id))
         return request_id.join(parts)
 
-    def _made(self, id_length: int) -> list[bytes]:
+    def _encode(self, id_length: int) -> list[bytes]:
         request_id = _ID_DIGIT * id_length
-        answer = refused_response(Refused(OVERLOADED), request_id)
-        encoded = encode_response(answer, self._headers, common_headers(request_id))
+        response = refused_response(Refused(OVERLOADED), request_id)
+        encoded = encode_response(response, self._headers, common_headers(request_id))
         return encoded.split(request_id.encode())

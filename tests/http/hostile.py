@@ -1,4 +1,4 @@
-"""Tables of input that is wrong. Every lane must refuse it the same way."""
+"""Tables of invalid input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BODIES: list[tuple[str, bytes, int, str]] = [
     ),
     ("list tier", b'{"tool_name":"a","data_sensitivity":[]}', 422, "validation_failed"),
 ]
-"""Name, body of a call, status, code."""
+"""Name, body of a call, and the expected status and code."""
 
 TOOL_NAMES = [
     "",
@@ -75,7 +75,7 @@ TOOL_NAMES = [
     "\ud800",
     "<script>",
 ]
-"""Names that no tool can have."""
+"""Invalid tool names."""
 
 UUIDS = [
     "",
@@ -91,7 +91,7 @@ UUIDS = [
     "\u0667c9e6679-7425-40de-944b-e07fc1f90ae",
     "7c9e6679-7425-40de-944b-e07fc1f90ae7" * 2,
 ]
-"""Texts that are no UUID as we write it."""
+"""Texts that are not a UUID in canonical form."""
 
 HEADERS: list[tuple[str, list[tuple[str, str]], int, str]] = [
     ("no content type", [], 415, "unsupported_media_type"),
@@ -119,7 +119,7 @@ HEADERS: list[tuple[str, list[tuple[str, str]], int, str]] = [
     ),
     ("long key", [*JSON, ("idempotency-key", "k" * 256)], 422, "validation_failed"),
 ]
-"""Name, headers of a call, status, code."""
+"""Name, headers of a call, and the expected status and code."""
 
 QUERIES = [
     "x=1",
@@ -131,7 +131,7 @@ QUERIES = [
     "dry_run=true&x=1",
     "DRY_RUN=true",
 ]
-"""Queries that a call does not take."""
+"""Invalid queries of a call."""
 
 CREATIONS: list[tuple[str, object]] = [
     ("agent_id", 5),
@@ -172,4 +172,4 @@ CREATIONS: list[tuple[str, object]] = [
     ("session_id", "mine"),
     ("calls_made", 0),
 ]
-"""A field of a creation, and a value that it cannot have."""
+"""A field of a creation, and an invalid value."""

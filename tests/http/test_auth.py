@@ -1,4 +1,4 @@
-"""Keys, scopes, and the refusal to be open."""
+"""API keys, scopes, and the protection of a service without keys."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WRONG = [
     [("authorization", b"Bearer gate.\xff\xfe")],
     [("authorization", b"Bearer \xff.\xff")],
 ]
-"""Headers that prove nothing."""
+"""Headers without a valid API key."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ async def guarded(make_api: MakeApi) -> Api:
 
 
 @pytest.mark.parametrize("headers", WRONG)
-async def test_without_a_known_key_nothing_is_answered(
+async def test_every_route_refuses_a_request_without_a_valid_key(
     guarded: Api, headers: list[tuple[str, str]]
 ) -> None:
     for method, path, _ in ROUTES:
@@ -78,7 +78,7 @@ async def test_without_a_known_key_nothing_is_answered(
 
 @pytest.mark.parametrize("name", ["boss", "ops", "gate"])
 @pytest.mark.parametrize(("method", "path", "scopes"), ROUTES)
-async def test_a_key_may_do_what_its_scope_says(
+async def test_a_key_may_do_only_what_its_scope_allows(
     guarded: Api, name: str, method: str, path: str, scopes: set[str]
 ) -> None:
     scope = {"boss": "admin", "ops": "operate", "gate": "proxy"}[name]
@@ -100,13 +100,13 @@ async def test_public_pages_need_no_key(guarded: Api, path: str) -> None:
     assert (await guarded.client.get(path)).status_code == 200
 
 
-async def test_who_asks_is_settled_before_what_is_asked(guarded: Api) -> None:
+async def test_the_key_is_checked_before_the_body(guarded: Api) -> None:
     answer = await guarded.client.post("/sessions", content=b"{not json")
 
     assert answer.status_code == 401
 
 
-async def test_keys_can_be_rotated_side_by_side(make_api: MakeApi) -> None:
+async def test_two_keys_work_side_by_side_during_a_rotation(make_api: MakeApi) -> None:
     api = await make_api(
         api_keys=(key("gate-1", Scope.PROXY, "old"), key("gate-2", Scope.PROXY, "new"))
     )
@@ -124,7 +124,9 @@ class TestWithoutKeys:
     @pytest.mark.parametrize(
         "host", ["10.0.0.5", "192.168.1.1", "[2001:db8::1]", "example.org"]
     )
-    async def test_an_open_service_answers_on_loopback_only(self, api: Api, host: str) -> None:
+    async def test_a_service_without_keys_serves_loopback_only(
+        self, api: Api, host: str
+    ) -> None:
         for method, path, _ in ROUTES:
             answer = await api.client.request(method, f"http://{host}:8000{path}")
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
@@ -161,7 +163,7 @@ class TestWithoutKeys:
         ],
     )
     async def test_any_other_host_is_refused_on_every_path(self, api: Api, name: str) -> None:
-        # DNS rebinding: a web page reaches loopback under a name of its own.
+        # DNS rebinding: a web page reaches loopback under its own host name.
         session = await api.create()
         call = f"/sessions/{session['session_id']}/calls"
 
@@ -182,7 +184,7 @@ class TestWithoutKeys:
 
         assert answer.status_code == 200
 
-    async def test_opened_on_purpose_any_host_is_served(self, make_api: MakeApi) -> None:
+    async def test_a_service_opened_on_purpose_serves_any_host(self, make_api: MakeApi) -> None:
         api = await make_api(allow_unauthenticated=True)
 
         answer = await api.client.get(f"/agents/{AGENT}", headers={"host": "arbiter.example"})
@@ -203,7 +205,7 @@ class TestWithoutKeys:
         assert answer.status_code == 200
 
 
-def test_a_new_key_is_known_and_its_secret_is_not_configured() -> None:
+def test_a_new_key_is_accepted_and_its_configuration_hides_the_secret() -> None:
     made, token = new_key("gate", Scope.PROXY)
     name, _, secret = token.partition(".")
 
@@ -232,7 +234,7 @@ def test_a_new_key_is_known_and_its_secret_is_not_configured() -> None:
         "g:p:r:o",
     ],
 )
-def test_a_key_that_is_written_wrongly_is_refused_without_repeating_it(text: str) -> None:
+def test_a_malformed_key_is_refused_without_repeating_it(text: str) -> None:
     with pytest.raises(ValueError, match=r"API key") as refusal:
         ApiKey.parse(text)
 

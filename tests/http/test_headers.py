@@ -1,4 +1,4 @@
-"""Headers that callers send and get."""
+"""Request and response headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 
 
 class TestRate:
-    async def test_calls_tell_what_is_left(self, api: Api, clock: ManualClock) -> None:
+    async def test_calls_report_what_is_left(self, api: Api, clock: ManualClock) -> None:
         session = await api.create(call_budget=100, rate_limit_per_minute=60)
         clock.advance(48.5)
 
@@ -29,7 +29,7 @@ class TestRate:
         assert answer.headers["ratelimit-policy"] == '"budget";q=2'
         assert answer.headers["ratelimit"] == '"budget";r=1'
 
-    async def test_an_elapsed_window_is_whole_and_has_no_reset(
+    async def test_an_elapsed_window_has_all_its_calls_and_no_reset(
         self, api: Api, clock: ManualClock
     ) -> None:
         session = await api.create(call_budget=1, rate_limit_per_minute=5)
@@ -73,7 +73,7 @@ class TestRate:
         assert refused.json().get("retry_after_secs") == expected
 
 
-async def test_what_cannot_pass_later_is_not_to_be_retried(api: Api) -> None:
+async def test_a_request_that_cannot_pass_later_should_not_be_retried(api: Api) -> None:
     session_id = (await api.create())["session_id"]
     await api.client.delete(f"/sessions/{session_id}")
 
@@ -87,7 +87,7 @@ async def test_what_cannot_pass_later_is_not_to_be_retried(api: Api) -> None:
         assert (answer.status_code, answer.headers["x-should-retry"]) == (status, "false")
 
 
-async def test_a_session_that_is_not_found_is_so_in_one_way(api: Api) -> None:
+async def test_every_route_reports_an_unknown_session_alike(api: Api) -> None:
     bodies = [
         (await api.call(new_id())).json(),
         (await api.call("nope")).json(),
@@ -106,7 +106,7 @@ class TestPrefer:
         "prefer",
         ["return=minimal", 'Return="minimal"', "wait=5, return=minimal", "return=minimal; x=1"],
     )
-    async def test_a_caller_may_do_without_the_body(self, api: Api, prefer: str) -> None:
+    async def test_a_caller_can_do_without_the_body(self, api: Api, prefer: str) -> None:
         session = await api.create()
 
         answer = await api.client.post(
@@ -159,13 +159,13 @@ class TestRequestId:
     @pytest.mark.parametrize(
         "sent", ["", "x" * 65, "a b", "a\x7fb", 'a"b', "é".encode("latin-1")]
     )
-    async def test_another_one_is_replaced(self, api: Api, sent: str | bytes) -> None:
+    async def test_an_invalid_request_id_is_replaced(self, api: Api, sent: str | bytes) -> None:
         answer = await api.client.get("/livez", headers=[(b"x-request-id", sent)])
 
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] not in (sent, "")
 
-    async def test_several_are_replaced(self, api: Api) -> None:
+    async def test_several_request_ids_are_replaced(self, api: Api) -> None:
         headers = [("x-request-id", "first"), ("x-request-id", "second")]
 
         answer = await api.client.get("/nothing", headers=headers)
@@ -179,7 +179,7 @@ class TestRequestId:
         assert len({each.headers["x-request-id"] for each in answers}) == 3
 
 
-async def test_nothing_is_to_be_stored_on_the_way(api: Api) -> None:
+async def test_no_response_may_be_cached(api: Api) -> None:
     session = await api.create()
 
     for answer in (
@@ -201,7 +201,7 @@ class TestIdempotencyKey:
             ("x" * 255, "x" * 255),
         ],
     )
-    async def test_a_repeated_call_gets_the_first_answer(
+    async def test_a_repeated_call_gets_the_first_response(
         self, api: Api, clock: ManualClock, first: str, second: str
     ) -> None:
         session = await api.create(rate_limit_per_minute=9)
@@ -223,7 +223,7 @@ class TestIdempotencyKey:
         assert "idempotency-replayed" not in answer.headers
         assert await api.calls_made(session["session_id"]) == 2
 
-    async def test_another_request_with_the_key_is_a_conflict(self, api: Api) -> None:
+    async def test_a_different_request_with_the_same_key_is_a_conflict(self, api: Api) -> None:
         session = await api.create()
         url = f"/sessions/{session['session_id']}"
         key = {"idempotency-key": "k"}
@@ -255,7 +255,9 @@ class TestIdempotencyKey:
     @pytest.mark.parametrize(
         "key", ["", "x" * 256, '"open', '"a"b', '""', "tab\there", b"\xe9"]
     )
-    async def test_a_key_that_is_none_changes_nothing(self, api: Api, key: str | bytes) -> None:
+    async def test_a_call_with_an_invalid_key_is_refused_and_not_counted(
+        self, api: Api, key: str | bytes
+    ) -> None:
         session = await api.create()
 
         answer = await api.client.post(
@@ -277,7 +279,9 @@ class TestIdempotencyKey:
 
         assert answer.status_code == 422
 
-    async def test_two_callers_equal_keys_are_two_keys(self, make_api: MakeApi) -> None:
+    async def test_equal_keys_of_two_callers_are_different_keys(
+        self, make_api: MakeApi
+    ) -> None:
         keys, tokens = zip(*(new_key(name, Scope.PROXY) for name in "ab"), strict=True)
         api = await make_api(api_keys=keys)
         made = [
@@ -293,7 +297,7 @@ class TestIdempotencyKey:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip", "GZIP", ""])
-async def test_a_coded_body_is_refused_and_not_counted(api: Api, coding: str) -> None:
+async def test_an_encoded_body_is_refused_and_not_counted(api: Api, coding: str) -> None:
     session = await api.create()
     path = f"/sessions/{session['session_id']}/calls"
 
@@ -306,7 +310,7 @@ async def test_a_coded_body_is_refused_and_not_counted(api: Api, coding: str) ->
     assert await api.calls_made(session["session_id"]) == 0
 
 
-async def test_the_identity_coding_is_no_coding(api: Api) -> None:
+async def test_the_identity_coding_is_accepted(api: Api) -> None:
     session = await api.create()
     path = f"/sessions/{session['session_id']}/calls"
 
@@ -320,14 +324,14 @@ async def test_the_identity_coding_is_no_coding(api: Api) -> None:
 @pytest.mark.parametrize(
     "path", ["/livez", "/readyz", "/sessions", "/metrics", "/openapi.json", "/docs", "/"]
 )
-async def test_head_answers_as_get_without_a_body(api: Api, path: str) -> None:
+async def test_head_responds_like_get_without_a_body(api: Api, path: str) -> None:
     get, head = await api.client.get(path), await api.client.head(path)
 
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers.keys() == get.headers.keys()
 
 
-async def test_head_of_a_session_answers_as_get(api: Api) -> None:
+async def test_head_of_a_session_responds_like_get(api: Api) -> None:
     session = await api.create()
     path = f"/sessions/{session['session_id']}"
 

@@ -1,4 +1,4 @@
-"""Wrong input: a clear refusal, never a 500, nothing echoed, nothing changed."""
+"""Invalid input is refused with a clear problem. Nothing is echoed and nothing changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CANARY = "canary-7f3a"
 
 
 def check(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The answer is a whole problem; its body."""
+    """Check that the response is a complete problem. Return its body."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
@@ -37,7 +37,9 @@ def check(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     ("body", "status", "code"),
     [pytest.param(*row[1:], id=row[0]) for row in hostile.BODIES],
 )
-async def test_a_wrong_body_is_refused(api: Api, body: bytes, status: int, code: str) -> None:
+async def test_an_invalid_body_is_refused(
+    api: Api, body: bytes, status: int, code: str
+) -> None:
     session = await api.create()
 
     answer = await api.client.post(
@@ -49,7 +51,7 @@ async def test_a_wrong_body_is_refused(api: Api, body: bytes, status: int, code:
 
 
 @pytest.mark.parametrize("name", hostile.TOOL_NAMES)
-async def test_what_is_no_tool_name_is_refused(api: Api, name: str) -> None:
+async def test_an_invalid_tool_name_is_refused(api: Api, name: str) -> None:
     session = await api.create(authorized_tools=["*"])
     session_id = session["session_id"]
 
@@ -61,14 +63,14 @@ async def test_what_is_no_tool_name_is_refused(api: Api, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in hostile.TOOL_NAMES if "*" not in n])
-async def test_what_is_no_tool_name_cannot_be_authorised(api: Api, name: str) -> None:
+async def test_an_invalid_tool_name_cannot_be_authorised(api: Api, name: str) -> None:
     answer = await api.post("/sessions", session_request(authorized_tools=[name]))
 
     check(answer, 422, "validation_failed")
 
 
 @pytest.mark.parametrize(("field", "value"), hostile.CREATIONS)
-async def test_a_creation_with_a_wrong_field_is_refused(
+async def test_a_creation_with_an_invalid_field_is_refused(
     api: Api, field: str, value: object
 ) -> None:
     answer = await api.post("/sessions", session_request(**{field: value}))
@@ -89,7 +91,7 @@ async def test_a_creation_needs_its_required_fields(api: Api, field: str) -> Non
 
 
 @pytest.mark.parametrize("text", hostile.UUIDS)
-async def test_an_agent_id_in_a_body_or_query_is_a_uuid(api: Api, text: str) -> None:
+async def test_an_agent_id_in_a_body_or_query_must_be_a_uuid(api: Api, text: str) -> None:
     session = await api.create()
 
     check(
@@ -106,9 +108,7 @@ async def test_an_agent_id_in_a_body_or_query_is_a_uuid(api: Api, text: str) -> 
 @pytest.mark.parametrize(
     "text", [text for text in hostile.UUIDS if text.isprintable() and text]
 )
-async def test_an_id_in_a_path_names_something_in_one_spelling_only(
-    api: Api, text: str
-) -> None:
+async def test_a_malformed_session_id_in_a_path_is_not_found(api: Api, text: str) -> None:
     for answer in (
         await api.call(text),
         await api.client.get(f"/sessions/{text}"),
@@ -120,7 +120,7 @@ async def test_an_id_in_a_path_names_something_in_one_spelling_only(
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("text", ["7c9e6679", f"{AGENT}0", AGENT.replace("-", ""), "x" * 36])
-async def test_an_agent_id_in_a_path_is_a_uuid(api: Api, method: str, text: str) -> None:
+async def test_an_agent_id_in_a_path_must_be_a_uuid(api: Api, method: str, text: str) -> None:
     path = f"/agents/{text}" if method == "GET" else f"/agents/{text}/sessions"
 
     body = check(await api.client.request(method, path), 422, "validation_failed")
@@ -161,7 +161,7 @@ async def test_a_percent_encoded_path_is_not_an_alias(api: Api) -> None:
     ("headers", "status", "code"),
     [pytest.param(*row[1:], id=row[0]) for row in hostile.HEADERS],
 )
-async def test_wrong_headers_are_refused(
+async def test_invalid_headers_are_refused(
     api: Api, headers: list[tuple[str, str]], status: int, code: str
 ) -> None:
     session = await api.create()
@@ -180,7 +180,9 @@ async def test_wrong_headers_are_refused(
     "content_type",
     ["application/json; charset=utf-8", "Application/JSON", 'application/json;charset="UTF-8"'],
 )
-async def test_json_may_be_called_json_in_several_ways(api: Api, content_type: str) -> None:
+async def test_the_json_content_type_can_be_written_in_several_ways(
+    api: Api, content_type: str
+) -> None:
     session = await api.create()
 
     answer = await api.client.post(
@@ -193,7 +195,7 @@ async def test_json_may_be_called_json_in_several_ways(api: Api, content_type: s
 
 
 @pytest.mark.parametrize("query", hostile.QUERIES)
-async def test_a_query_that_is_not_known_is_refused(api: Api, query: str) -> None:
+async def test_an_invalid_query_of_a_call_is_refused(api: Api, query: str) -> None:
     session = await api.create()
 
     answer = await api.client.post(
@@ -222,11 +224,11 @@ async def test_a_query_that_is_not_known_is_refused(api: Api, query: str) -> Non
         "limit=5&limit=6",
     ],
 )
-async def test_a_list_takes_its_own_query_only(api: Api, query: str) -> None:
+async def test_an_invalid_query_of_a_list_is_refused(api: Api, query: str) -> None:
     check(await api.client.get(f"/sessions?{query}"), 422, "validation_failed")
 
 
-async def test_what_was_sent_is_not_echoed(api: Api) -> None:
+async def test_rejected_input_is_never_echoed(api: Api) -> None:
     session_id = (await api.create())["session_id"]
 
     for answer in (
@@ -251,7 +253,7 @@ async def test_what_was_sent_is_not_echoed(api: Api) -> None:
         assert CANARY not in answer.text.lower()
 
 
-async def test_a_list_of_errors_has_an_end(api: Api) -> None:
+async def test_a_response_lists_at_most_20_errors(api: Api) -> None:
     session = await api.create()
 
     answer = await api.batch(session["session_id"], *["bad name"] * 256)
@@ -277,7 +279,7 @@ async def test_a_body_without_a_length_is_limited_too(api: Api) -> None:
     assert sent <= 2 * 65_536
 
 
-async def test_a_body_of_just_the_limit_is_read(api: Api) -> None:
+async def test_a_body_of_exactly_the_limit_is_accepted(api: Api) -> None:
     session = await api.create()
     body = json.dumps({"tool_name": "read_file"}).encode().ljust(65_536)
 
@@ -299,7 +301,7 @@ async def test_a_body_of_just_the_limit_is_read(api: Api) -> None:
         ("OPTIONS", "/sessions", "GET, HEAD, POST"),
     ],
 )
-async def test_a_path_names_the_methods_it_takes(
+async def test_allow_lists_the_methods_of_the_path(
     api: Api, method: str, path: str, allow: str
 ) -> None:
     answer = await api.client.request(method, path)
@@ -309,5 +311,5 @@ async def test_a_path_names_the_methods_it_takes(
 
 
 @pytest.mark.parametrize("path", ["/session", "/sessions/", "/problems/nope", "//sessions"])
-async def test_other_paths_have_nothing(api: Api, path: str) -> None:
+async def test_other_paths_are_not_found(api: Api, path: str) -> None:
     check(await api.client.get(f"http://127.0.0.1:8000{path}"), 404, "not_found")
