@@ -137,7 +137,7 @@ def _check_lifespan() -> None:
     """Raise `BadSettings` if uvicorn was told to skip the lifespan, which opens the store."""
     options = " ".join(sys.argv).replace("=", " ")
     if "--lifespan off" in options or os.environ.get("UVICORN_LIFESPAN") == "off":
-        raise BadSettings("uvicorn must not have --lifespan off: the lifespan opens the store")
+        raise BadSettings("uvicorn cannot use --lifespan off: the lifespan opens the store")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ service could not decide.
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Awaitable
+from hashlib import sha256
 
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
+from app.domain.lifecycle import close
 from app.domain.session import (
     DEFAULT_TIME_LIMIT_SECS,
     DataSensitivity,
@@ -22,7 +23,9 @@ from app.domain.session import (
 )
 from app.observability.audit import Actor
 from app.observability.events import Events
+from app.store.codec import to_text
 from app.store.contract import (
+    CreationKey,
     IdempotencyKey,
     InvalidCursor,
     Page,
@@ -57,22 +60,36 @@ class SessionService:
 
         Raises `InvalidField` for a time limit above the maximum.
         """
+        key = None
+        if idempotency is not None:
+            key = CreationKey(*idempotency, _digest(grant, time_limit_secs))
         if time_limit_secs is None:
             time_limit_secs = min(DEFAULT_TIME_LIMIT_SECS, self._max_time_limit_secs)
-        if time_limit_secs > self._max_time_limit_secs:
-            raise InvalidField(
-                "body",
-                "time_limit_secs",
-                f"This server allows at most {self._max_time_limit_secs} seconds.",
-            )
-        grant = replace(grant, time_limit_secs=time_limit_secs)
         try:
-            decision = await self._store.create(str(uuid.uuid4()), grant, idempotency)
+            if time_limit_secs <= self._max_time_limit_secs:
+                grant = replace(grant, time_limit_secs=time_limit_secs)
+                decision = await self._store.create(grant, key)
+            else:
+                decision = await self._replay_creation(grant.agent_id, key)
         except _UNDECIDED as error:
             self._events.failed("create", error, actor, agent_id=grant.agent_id)
             raise
         self._events.created(grant.agent_id, decision, actor)
         return decision
+
+    async def _replay_creation(
+        self, agent_id: str, key: CreationKey | None
+    ) -> Admitted | Denied:
+        """The first answer to a request that this server would refuse today: its maximum may
+        have been lowered since. Raises `InvalidField` if there is none."""
+        known = None if key is None else await self._store.find_creation(agent_id, key)
+        if known is None:
+            raise InvalidField(
+                "body",
+                "time_limit_secs",
+                f"This server allows at most {self._max_time_limit_secs} seconds.",
+            )
+        return known
 
     def record_call(
         self,
@@ -127,7 +144,7 @@ class SessionService:
     async def close_session(self, session_id: str, actor: Actor) -> Session | Denied:
         """Close a session for good."""
         try:
-            outcome = await self._store.close(session_id)
+            outcome = await self._store.change(session_id, close)
         except _UNDECIDED as error:
             self._events.failed("close", error, actor, session_id=session_id)
             raise
@@ -179,3 +196,10 @@ class SessionService:
     async def count_active(self) -> int:
         """The number of active sessions."""
         return await self._store.count_active()
+
+
+def _digest(grant: Grant, time_limit_secs: int | None) -> str:
+    """What a retry of a creation must repeat. A time limit that was left out stays so, whatever
+    this server would fill in."""
+    request = f"{time_limit_secs} {to_text(replace(grant, time_limit_secs=0))}"
+    return sha256(request.encode()).hexdigest()

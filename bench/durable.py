@@ -4,7 +4,6 @@ a full file."""
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,5 +61,5 @@ async def _fill(file: Path, sessions: int) -> None:
     await store.open()
     for first in range(0, sessions, _AT_ONCE):
         numbers = range(first, min(first + _AT_ONCE, sessions))
-        await asyncio.gather(*(store.create(str(uuid.uuid4()), a_grant(n)) for n in numbers))
+        await asyncio.gather(*(store.create(a_grant(n)) for n in numbers))
     await store.aclose()

@@ -13,6 +13,7 @@ import uvicorn
 
 from app.__main__ import server_config
 from app.api.fast_lane import FastLane
+from app.domain.admission import Admitted
 from app.domain.session import Grant
 from app.domain.tools import AllowList
 from app.main import create_framework
@@ -33,9 +34,7 @@ async def fill(store: MemoryStore, sessions: int) -> list[str]:
     for number in range(sessions):
         if number % SESSIONS_PER_AGENT == 0:
             agent = str(uuid.uuid4())
-        session_id = str(uuid.uuid4())
-        await store.create(
-            session_id,
+        created = await store.create(
             Grant(
                 agent_id=agent,
                 declared_intent=f"bench task {number}",
@@ -43,9 +42,10 @@ async def fill(store: MemoryStore, sessions: int) -> list[str]:
                 time_limit_secs=3600 + number % 3600,
                 call_budget=2_000_000_000,
                 rate_limit_per_minute=2_000_000_000,
-            ),
+            )
         )
-        ids.append(session_id)
+        assert isinstance(created, Admitted)
+        ids.append(created.session.session_id)
     return ids
 
 

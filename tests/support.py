@@ -6,10 +6,12 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from app.domain.admission import Admission, Admitted, Operation
+from app.domain import lifecycle
+from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
 from app.domain.tools import AllowList
-from app.store.contract import SessionStore
+from app.store.codec import to_text
+from app.store.contract import CreationKey, IdempotencyKey, SessionStore
 
 AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 OTHER_AGENT = "11111111-2222-4333-8444-555555555555"
@@ -54,11 +56,25 @@ def a_batch(
     return Admission(Operation.BATCH, tools, agent_id, tier)
 
 
+async def create(
+    store: SessionStore, grant: Grant | None = None, key: IdempotencyKey | None = None
+) -> Admitted | Denied:
+    """Create a session; with `key`, as a request that asks for just this grant."""
+    grant = grant or a_grant()
+    if key is None:
+        return await store.create(grant)
+    return await store.create(grant, CreationKey(*key, to_text(grant)))
+
+
 async def opened(store: SessionStore, grant: Grant | None = None) -> Session:
-    """Create a session in `store`."""
-    created = await store.create(new_id(), grant or a_grant())
+    """A new session in `store`."""
+    created = await create(store, grant)
     assert isinstance(created, Admitted)
     return created.session
+
+
+async def close(store: SessionStore, session_id: str) -> Session | Denied:
+    return await store.change(session_id, lifecycle.close)
 
 
 def session_request(**fields: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from app.store.contract import StoreLimits, Swept
 from app.store.memory.store import MemoryStore
 from app.sweeper import SLICE_SESSIONS, Sweeper
 from tests.conftest import MakeStore
-from tests.support import ManualClock, a_grant, new_id, opened
+from tests.support import ManualClock, a_grant, close, create, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -91,9 +91,9 @@ async def test_swept_sessions_leave_no_memory_behind(
 
     async def generation(sessions: int) -> None:
         for number in range(sessions):
-            session = await store.create(new_id(), a_grant(time_limit_secs=10))
+            session = await create(store, a_grant(time_limit_secs=10))
             if number % 2:
-                await store.close(session.session.session_id)  # type: ignore[union-attr]
+                await close(store, session.session.session_id)  # type: ignore[union-attr]
         clock.advance(10)
         assert await sweeper.sweep() == sessions
 

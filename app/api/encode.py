@@ -37,33 +37,35 @@ def _second(secs: int) -> bytes:
     return moment.isoformat(timespec="seconds")[:-6].encode()
 
 
-class _Fixed(NamedTuple):
-    """The encoded parts of a session that never change."""
+class _EncodedTerms(NamedTuple):
+    """The parts of a response that only a change of the terms changes."""
 
+    rev: int
     body: bytes
     """The start of its JSON, without the closing brace."""
     policy: tuple[bytes, bytes]
     """Its `RateLimit-Policy` header."""
 
 
-FIXED_PARTS = 16_384
-"""Maximum number of sessions with a cached fixed part of about 600 bytes."""
+TERMS_KEPT = 16_384
+"""Sessions whose encoded terms are cached, about 600 bytes each."""
 
-_fixed_parts: OrderedDict[str, _Fixed] = OrderedDict()
+_encoded_terms: OrderedDict[str, _EncodedTerms] = OrderedDict()
 
 
-def _fixed(session: Session) -> _Fixed:
-    """Return the fixed part of a session, from the cache if possible. Ids are never reused."""
-    known = _fixed_parts.get(session.session_id)
-    if known is None:
-        known = _Fixed(_encode_fixed(session), _policy(session.grant))
-        _fixed_parts[session.session_id] = known
-        if len(_fixed_parts) > FIXED_PARTS:
-            _fixed_parts.popitem(last=False)
+def _terms(session: Session) -> _EncodedTerms:
+    """Return the encoded terms, from the cache if it has this revision."""
+    rev = session.terms.rev
+    known = _encoded_terms.get(session.session_id)
+    if known is None or known.rev != rev:
+        known = _EncodedTerms(rev, _encode_terms(session), _policy(session.grant))
+        _encoded_terms[session.session_id] = known
+        if len(_encoded_terms) > TERMS_KEPT:
+            _encoded_terms.popitem(last=False)
     return known
 
 
-def _encode_fixed(session: Session) -> bytes:
+def _encode_terms(session: Session) -> bytes:
     # Formatted by hand for speed: with very many sessions most responses miss the cache. The
     # library encodes free text. Ids and tiers need no escaping.
     grant = session.grant
@@ -72,7 +74,7 @@ def _encode_fixed(session: Session) -> bytes:
         b'{"session_id":"%b","agent_id":"%b","declared_intent":%b,'
         b'"delegation_chain_snapshot":%b,"authorized_tools":%b,"time_limit_secs":%d,'
         b'"call_budget":%d,%b"rate_limit_window_secs":%d,"data_sensitivity_ceiling":"%b",'
-        b'"created_at":"%b","expires_at":"%b"'
+        b'"created_at":"%b","expires_at":"%b","revision":%d'
     ) % (
         session.session_id.encode(),
         grant.agent_id.encode(),
@@ -84,8 +86,9 @@ def _encode_fixed(session: Session) -> bytes:
         b"" if rate is None else b'"rate_limit_per_minute":%d,' % rate,
         grant.rate_limit_window_secs,
         grant.data_sensitivity_ceiling.encode(),
-        instant(session.created_at),
-        instant(session.expires_at),
+        instant(session.terms.created_at),
+        instant(session.terms.expires_at),
+        session.terms.rev,
     )
 
 
@@ -105,7 +108,8 @@ def _policy(grant: Grant) -> tuple[bytes, bytes]:
 def encode_session(session: Session) -> bytes:
     """Encode a session as JSON. The fields that change during its life come last."""
     remaining = session.calls_remaining
-    if session.closed_at is None and session.as_of < session.expires_at:
+    terms, usage = session.terms, session.usage
+    if terms.closed_at is None and session.as_of < terms.expires_at:
         state = _ACTIVE if remaining > 0 else _SPENT
     else:
         state = b'"%b","is_active":false}' % session.status.encode()
@@ -113,11 +117,11 @@ def encode_session(session: Session) -> bytes:
         b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
         b'"rate_window_calls":%d,"status":%b'
     ) % (
-        _fixed(session).body,
-        session.calls_made,
+        _terms(session).body,
+        usage.calls_made,
         remaining,
-        instant(session.rate_window_start),
-        session.rate_window_calls,
+        instant(usage.rate_window_start),
+        usage.rate_window_calls,
         state,
     )
 
@@ -139,12 +143,12 @@ def rate_headers(session: Session) -> Headers:
     elif (left_open := session.window_ends_at - session.as_of) > 0:
         state = b'"budget";r=%d, "window";r=%d;t=%d' % (
             remaining,
-            limit - session.rate_window_calls,
+            limit - session.usage.rate_window_calls,
             -(-left_open // MICROSECONDS),
         )
     else:
         state = b'"budget";r=%d, "window";r=%d' % (remaining, limit)
-    return [_fixed(session).policy, (b"ratelimit", state)]
+    return [_terms(session).policy, (b"ratelimit", state)]
 
 
 def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:

@@ -143,7 +143,8 @@ class CreateSession(_Request):
         int,
         Field(ge=1, le=MAX_RATE_LIMIT_WINDOW_SECS, json_schema_extra={"format": "int32"}),
     ] = Field(
-        default=DEFAULT_RATE_LIMIT_WINDOW_SECS, description="Length of a rate window in seconds."
+        default=DEFAULT_RATE_LIMIT_WINDOW_SECS,
+        description="Length of a rate window in seconds.",
     )
     data_sensitivity_ceiling: Tier = Field(
         default=DataSensitivity.INTERNAL, description="The highest tier that a call may touch."
@@ -197,7 +198,8 @@ class RecordBatch(_Admission):
     )
 
     tool_names: list[ToolName] = Field(
-        max_length=MAX_BATCH, description="The tools, one per call. An empty batch records nothing."
+        max_length=MAX_BATCH,
+        description="The tools, one per call. An empty batch records nothing.",
     )
 
 
@@ -220,6 +222,7 @@ class Session(BaseModel):
                     "data_sensitivity_ceiling": "internal",
                     "created_at": "2026-01-01T12:00:00.000000Z",
                     "expires_at": "2026-01-01T13:00:00.000000Z",
+                    "revision": 1,
                     "calls_made": 1,
                     "calls_remaining": 99,
                     "rate_window_start": "2026-01-01T12:00:00.000000Z",
@@ -246,6 +249,7 @@ class Session(BaseModel):
     data_sensitivity_ceiling: DataSensitivity
     created_at: datetime
     expires_at: datetime
+    revision: Count = Field(description="1 at first; grows with every change of the terms.")
     calls_made: Count
     calls_remaining: Count
     rate_window_start: datetime
@@ -287,7 +291,7 @@ class AgentSessionsClosed(BaseModel):
 
 
 class Health(BaseModel):
-    """The service is well."""
+    """The service is healthy."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
 

@@ -121,11 +121,12 @@ def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | N
 
     Return the denial, or `None` if the caller may use the session.
     """
-    if agent_id is not None and agent_id != session.grant.agent_id:
+    terms = session.terms
+    if agent_id is not None and agent_id != terms.grant.agent_id:
         return Denied(DenialCode.AGENT_MISMATCH, NextAction.STOP, session.at(now))
-    if session.closed_at is not None:
+    if terms.closed_at is not None:
         return already_closed(session.at(now))
-    if now >= session.expires_at:
+    if now >= terms.expires_at:
         return Denied(DenialCode.SESSION_EXPIRED, NextAction.NEW_SESSION, session.at(now))
     return None
 
@@ -137,22 +138,23 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
     whose clock can step back holds it still instead.
     """
     tools, agent_id = admission.tool_names, admission.agent_id
-    if session.closed_at is not None or now >= session.expires_at or agent_id is not None:
+    terms, usage = session.terms, session.usage
+    if terms.closed_at is not None or now >= terms.expires_at or agent_id is not None:
         unusable = check_usable(session, agent_id, now)
         if unusable is not None:
             return unusable
     n = len(tools)
     if n == 0:
         return Admitted(session.at(now))
-    grant, tier = session.grant, admission.data_sensitivity
+    grant, tier = terms.grant, admission.data_sensitivity
     limit = grant.rate_limit_per_minute
     window_secs = grant.rate_limit_window_secs
-    elapsed = now >= session.rate_window_start + window_secs * MICROSECONDS
+    elapsed = now >= usage.rate_window_start + window_secs * MICROSECONDS
     if (
-        session.calls_made + n <= grant.call_budget
+        usage.calls_made + n <= grant.call_budget
         and grant.authorized_tools.allows_all(tools)
         and (tier is None or not tier.exceeds(grant.data_sensitivity_ceiling))
-        and (limit is None or (n if elapsed else session.rate_window_calls + n) <= limit)
+        and (limit is None or (n if elapsed else usage.rate_window_calls + n) <= limit)
     ):
         return Admitted(session.with_calls(n, now, new_window=elapsed))
     seen = session.at(now)
@@ -189,7 +191,7 @@ def violation(
     """A violation of one of rules 5 to 8, with its figures. `session` is as of now."""
     grant = session.grant
     if code is DenialCode.BUDGET_EXCEEDED:
-        return Violation(code, grant.call_budget, session.calls_made)
+        return Violation(code, grant.call_budget, session.usage.calls_made)
     if code is DenialCode.RATE_LIMITED:
         return Violation(code, grant.rate_limit_per_minute, session.window_calls_used)
     if code is DenialCode.TOOL_NOT_AUTHORIZED:
@@ -201,7 +203,7 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
     grant = session.grant
     n = len(admission.tool_names)
     found = []
-    if session.calls_made + n > grant.call_budget:
+    if session.usage.calls_made + n > grant.call_budget:
         found.append(violation(DenialCode.BUDGET_EXCEEDED, session))
     allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
     unauthorized = tuple(
@@ -228,6 +230,6 @@ def _when_rate_allows(session: Session, n: int) -> tuple[NextAction, int | None]
     if limit is None or n > limit:
         return NextAction.STOP, None
     wait = max(1, -(-(session.window_ends_at - session.as_of) // MICROSECONDS))
-    if session.as_of + wait * MICROSECONDS >= session.expires_at:
+    if session.as_of + wait * MICROSECONDS >= session.terms.expires_at:
         return NextAction.NEW_SESSION, None
     return NextAction.WAIT, wait

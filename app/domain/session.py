@@ -1,18 +1,21 @@
 """A task session: one agent's grant for one task, and how much of it has been used.
 
+A session has two halves that change for different reasons. `Terms` are what it allows;
+transitions change them (`app.domain.lifecycle`). `Usage` is what admissions count. Neither
+ever touches the other.
+
 Inside the service, instants are integer microseconds since the Unix epoch, in UTC. Names
 that end in `_secs` are whole seconds, the unit on the wire.
 
-All values here are immutable. A store replaces the `Session` when its counters change, so
-every `Session` it returns is a snapshot.
-
-`Grant` and `Session` are msgspec structs with `gc=False`. They cannot be part of a
-reference cycle, and the garbage collector must not visit a million of them.
+All values here are immutable, so every `Session` that a store returns is a snapshot. They
+are msgspec structs with `gc=False`: they cannot be part of a reference cycle, and the
+garbage collector must not visit a million of them.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -61,7 +64,7 @@ class SessionStatus(StrEnum):
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What a session allows, fixed at its creation."""
+    """What a caller asks for when it creates a session."""
 
     agent_id: str
     declared_intent: str
@@ -75,39 +78,63 @@ class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     data_sensitivity_ceiling: DataSensitivity = DataSensitivity.INTERNAL
 
 
-class Session(msgspec.Struct, frozen=True, gc=False):
-    """A session as it was at the instant `as_of`."""
+class Terms(msgspec.Struct, frozen=True, gc=False):
+    """What a session allows, and when it began and ends."""
 
-    session_id: str
     grant: Grant
     created_at: int
     expires_at: int
     """The first instant at which the session is expired."""
-    as_of: int
+    closed_at: int | None = None
+    rev: int = 1
+    """Grows by one with every change of the terms. Anything cached about them is good for one
+    session id and one `rev`."""
+
+    def changed(self, **changes: Any) -> Terms:
+        """The next revision, with these changes."""
+        return msgspec.structs.replace(self, rev=self.rev + 1, **changes)
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """What admissions have counted."""
+
     calls_made: int
     rate_window_start: int
     rate_window_calls: int
-    closed_at: int | None
+
+
+class Session(msgspec.Struct, frozen=True, gc=False):
+    """A session as it was at the instant `as_of`."""
+
+    session_id: str
+    terms: Terms
+    usage: Usage
+    as_of: int
 
     @classmethod
     def opened(cls, session_id: str, grant: Grant, now: int) -> Session:
         """A new session that begins at `now`, together with its first rate window."""
-        expires_at = now + grant.time_limit_secs * MICROSECONDS
-        return cls(session_id, grant, now, expires_at, now, 0, now, 0, None)
+        terms = Terms(grant, now, now + grant.time_limit_secs * MICROSECONDS)
+        return cls(session_id, terms, Usage(0, now, 0), now)
+
+    @property
+    def grant(self) -> Grant:
+        """What the session allows."""
+        return self.terms.grant
 
     @property
     def status(self) -> SessionStatus:
         """Where the session is in its life at `as_of`."""
-        if self.closed_at is not None:
+        if self.terms.closed_at is not None:
             return SessionStatus.CLOSED
-        if self.as_of >= self.expires_at:
+        if self.as_of >= self.terms.expires_at:
             return SessionStatus.EXPIRED
         return SessionStatus.ACTIVE
 
     @property
     def calls_remaining(self) -> int:
         """Calls left in the budget."""
-        return self.grant.call_budget - self.calls_made
+        return self.terms.grant.call_budget - self.usage.calls_made
 
     @property
     def is_active(self) -> bool:
@@ -117,31 +144,28 @@ class Session(msgspec.Struct, frozen=True, gc=False):
     @property
     def window_ends_at(self) -> int:
         """The first instant at which the current rate window has elapsed."""
-        return self.rate_window_start + self.grant.rate_limit_window_secs * MICROSECONDS
-
-    def with_calls(self, n: int, now: int, *, new_window: bool) -> Session:
-        """The session after `n` more calls at `now`, in the current or a new rate window."""
-        return Session(
-            self.session_id,
-            self.grant,
-            self.created_at,
-            self.expires_at,
-            now,
-            self.calls_made + n,
-            now if new_window else self.rate_window_start,
-            n if new_window else self.rate_window_calls + n,
-            self.closed_at,
-        )
+        window = self.terms.grant.rate_limit_window_secs * MICROSECONDS
+        return self.usage.rate_window_start + window
 
     @property
     def window_calls_used(self) -> int:
         """Calls that count against the rate limit; 0 once the window has elapsed."""
-        return self.rate_window_calls if self.as_of < self.window_ends_at else 0
+        return self.usage.rate_window_calls if self.as_of < self.window_ends_at else 0
+
+    def with_calls(self, n: int, now: int, *, new_window: bool) -> Session:
+        """The session after `n` more calls at `now`, in the current or a new rate window."""
+        usage = self.usage
+        if new_window:
+            counted = Usage(usage.calls_made + n, now, n)
+        else:
+            start, calls = usage.rate_window_start, usage.rate_window_calls
+            counted = Usage(usage.calls_made + n, start, calls + n)
+        return Session(self.session_id, self.terms, counted, now)
+
+    def with_terms(self, terms: Terms, now: int) -> Session:
+        """The session after its terms changed at `now`."""
+        return Session(self.session_id, terms, self.usage, now)
 
     def at(self, now: int) -> Session:
         """The same session as of `now`."""
-        return msgspec.structs.replace(self, as_of=now)
-
-    def with_closed(self, now: int) -> Session:
-        """The session after it was closed at `now`."""
-        return msgspec.structs.replace(self, as_of=now, closed_at=now)
+        return Session(self.session_id, self.terms, self.usage, now)

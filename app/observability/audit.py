@@ -322,7 +322,7 @@ def _line(entry: Entry) -> Line:
     session = entry.session
     if session is not None:
         line.agent_id = session.grant.agent_id
-        made, in_window = session.calls_made, session.rate_window_calls
+        made, in_window = session.usage.calls_made, session.usage.rate_window_calls
         line.before = Counters(made - entry.counted, in_window - entry.counted)
         line.after = line.before if entry.dry_run else Counters(made, in_window)
     return line

@@ -100,7 +100,7 @@ class Events:
                 session_id=short(session_id),
                 operation=operation,
                 tool_names=admission.tool_names,
-                calls_made=decision.session.calls_made,
+                calls_made=decision.session.usage.calls_made,
                 call_budget=decision.session.grant.call_budget,
             )
 
@@ -148,7 +148,7 @@ class Events:
             "session closed",
             session_id=short(session.session_id),
             agent_id=short(session.grant.agent_id),
-            calls_made=session.calls_made,
+            calls_made=session.usage.calls_made,
         )
 
     def agent_closed(self, agent_id: str, closed: int, actor: Actor) -> None:

@@ -51,8 +51,8 @@ def hold_back_connections(listening: socket.socket) -> None:
     """Make a listening socket take no new connections, while its backlog can be accepted.
 
     A packet filter drops every SYN. Clients send theirs again until the socket is closed, and
-    are then refused. Without packet filters the backlog is only made as short as possible, and a
-    connection can still slip in.
+    are then refused. Without packet filters the backlog is only made as short as possible, and
+    a connection can still slip in.
     """
     listening.listen(0)
     program = ctypes.create_string_buffer(b"".join(_DROP_SYN))

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from app.domain.admission import Admission
-from app.domain.session import Grant, Session
+from app.domain.session import Grant
 from app.domain.tools import AllowList
 
 
@@ -25,11 +25,10 @@ def _decode_hook(kind: type, value: Any) -> Any:
 
 _encoder = msgspec.json.Encoder(enc_hook=_encode_hook)
 _grants = msgspec.json.Decoder(Grant, dec_hook=_decode_hook)
-_sessions = msgspec.json.Decoder(Session, dec_hook=_decode_hook)
 _admissions = msgspec.json.Decoder(Admission)
 
 
-def to_text(value: Grant | Session | Admission) -> str:
+def to_text(value: Grant | Admission) -> str:
     """Encode a value as JSON."""
     return _encoder.encode(value).decode()
 
@@ -37,11 +36,6 @@ def to_text(value: Grant | Session | Admission) -> str:
 def to_grant(text: str) -> Grant:
     """Decode a grant that `to_text` encoded."""
     return _grants.decode(text)
-
-
-def to_session(text: str) -> Session:
-    """Decode a session that `to_text` encoded."""
-    return _sessions.decode(text)
 
 
 def to_admission(text: str) -> Admission:

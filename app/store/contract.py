@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from app.domain.admission import Admission, Admitted, Denied
+from app.domain.lifecycle import Transition
 from app.domain.session import Grant, Session, SessionStatus
 
 CREATION_REPLAY_SECS = 24 * 3600
@@ -53,6 +54,15 @@ class IdempotencyKey(NamedTuple):
 
     caller: str
     key: str
+
+
+class CreationKey(NamedTuple):
+    """The idempotency key of a creation. It belongs to the caller and the agent."""
+
+    caller: str
+    key: str
+    request: str
+    """A digest of the request as the caller sent it. A retry must repeat the request."""
 
 
 class SessionFilter(NamedTuple):
@@ -104,12 +114,12 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def create(
-        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
+        self, grant: Grant, idempotency: CreationKey | None = None
     ) -> Admitted | Denied:
-        """Create a session that begins now, under an id that was never used.
+        """Create a session that begins now, under a new random id.
 
-        If this caller used the idempotency key in the last 24 hours, return the session as
-        it was created then (`replayed`) if the grant is equal, else
+        If the caller used the idempotency key for this agent in the last 24 hours, return the
+        session as it was created then (`replayed`) if the request is equal, else
         `idempotency_conflict`. Only after that check does the cap on active sessions apply:
         `too_many_sessions`, with `limit` and `used`. Sessions past their deadline do not
         count, swept or not. Look-up, count and creation are one atomic step.
@@ -117,6 +127,12 @@ class SessionStore(ABC):
         Raises `SessionLimitReached` if the store is full: it holds `max_sessions` sessions
         or, for a request with a key, remembers as many creations.
         """
+
+    @abstractmethod
+    async def find_creation(
+        self, agent_id: str, idempotency: CreationKey
+    ) -> Admitted | Denied | None:
+        """What `create` would answer to this key from memory, or `None`. Creates nothing."""
 
     @abstractmethod
     async def record(
@@ -141,10 +157,12 @@ class SessionStore(ABC):
         """
 
     @abstractmethod
-    async def close(self, session_id: str) -> Session | Denied:
-        """Close the session for good and return it, even if it has expired.
+    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+        """Change the terms of a session in one atomic step and return the changed session
+        (`app.domain.lifecycle`).
 
-        Denied with `session_not_found`, or with `session_closed` if it is already closed.
+        `session_not_found`, or the denial that the transition returns; then nothing has
+        changed. Usage is never touched. The transition may be called several times.
         """
 
     @abstractmethod

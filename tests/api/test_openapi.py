@@ -1,4 +1,4 @@
-"""The OpenAPI document: true, and pleasant for a generator."""
+"""The OpenAPI document is true and suits client generators."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def schemas_in(node: Any) -> Iterator[dict[str, Any]]:
-    """Every object of the document that is a schema or holds one."""
+    """Yield every object of the document that is a schema or contains one."""
     if isinstance(node, dict):
         yield node
         for each in node.values():
@@ -72,11 +72,13 @@ def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
     validate(document)
 
 
-def test_every_operation_has_its_name(document: dict[str, Any]) -> None:
+def test_every_operation_has_a_stable_name(document: dict[str, Any]) -> None:
     assert {each["operationId"] for each in operations(document)} == OPERATIONS
 
 
-def test_every_operation_has_a_tag_and_says_what_it_does(document: dict[str, Any]) -> None:
+def test_every_operation_has_a_tag_a_summary_and_a_description(
+    document: dict[str, Any],
+) -> None:
     for operation in operations(document):
         assert operation["tags"]
         assert operation["summary"]
@@ -118,39 +120,37 @@ def test_nothing_is_null_and_no_integer_is_unbounded(document: dict[str, Any]) -
                 assert isinstance(schema["maximum"], int), schema
 
 
-def test_generated_leftovers_are_gone(document: dict[str, Any]) -> None:
+def test_schemas_that_only_fastapi_uses_are_removed(document: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
     assert "ValidationError" not in document["components"]["schemas"]
 
 
-def test_the_codes_are_all_there(document: dict[str, Any]) -> None:
+def test_the_document_lists_every_code(document: dict[str, Any]) -> None:
     codes = document["components"]["schemas"]["ProblemCode"]["enum"]
     assert codes == [code.value for code in ProblemCode]
 
 
-def test_what_needs_a_key_says_so(document: dict[str, Any]) -> None:
+def test_every_operation_but_health_checks_needs_a_key(document: dict[str, Any]) -> None:
     open_to_all = {
         each["operationId"] for each in operations(document) if not each.get("security")
     }
     assert open_to_all == {"livez", "readyz", "healthz"}
 
 
-def test_a_created_session_links_to_what_can_be_done_with_it(document: dict[str, Any]) -> None:
+def test_a_created_session_links_to_its_operations(document: dict[str, Any]) -> None:
     created = document["paths"]["/sessions"]["post"]["responses"]["201"]
     assert {"recordCall", "recordBatch", "getSession", "closeSession"} == set(created["links"])
     assert "Location" in created["headers"]
 
 
-def test_headers_of_requests_are_described(document: dict[str, Any]) -> None:
+def test_request_headers_are_described(document: dict[str, Any]) -> None:
     call = document["paths"]["/sessions/{session_id}/calls"]["post"]
     names = {parameter["name"] for parameter in call["parameters"]}
     assert names == {"session_id", "dry_run", "Idempotency-Key", "Prefer"}
 
 
 @pytest.mark.anyio
-async def test_real_answers_are_what_the_document_says(
-    api: Api, document: dict[str, Any]
-) -> None:
+async def test_real_responses_match_the_document(api: Api, document: dict[str, Any]) -> None:
     session = await api.create(rate_limit_per_minute=1)
     session_id = session["session_id"]
     answers: list[tuple[httpx.Response, str, str]] = [
@@ -187,7 +187,7 @@ async def test_real_answers_are_what_the_document_says(
         assert answer.json().keys() <= known.keys(), (path, answer.json())
 
 
-def test_the_document_is_printed_by_a_command(document: dict[str, Any]) -> None:
+def test_a_command_prints_the_document(document: dict[str, Any]) -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "app", "openapi"], capture_output=True, check=True, text=True
     ).stdout

@@ -1,4 +1,4 @@
-"""Both lanes give the same answer, byte for byte, and leave the same state behind."""
+"""Both lanes give the same response, byte for byte, and leave the same state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -32,7 +33,7 @@ CALL = b'{"tool_name":"read_file"}'
 
 
 class Lane:
-    """One lane over a store of its own, with a session that both lanes have."""
+    """One lane over its own store."""
 
     def __init__(self, clock: ManualClock, keys: tuple[ApiKey, ...], *, fast: bool) -> None:
         self.store = MemoryStore(StoreLimits(), clock)
@@ -44,7 +45,7 @@ class Lane:
 
 
 class Pair:
-    """The two lanes, asked the same."""
+    """The two lanes, which get the same requests."""
 
     def __init__(self, clock: ManualClock, keys: tuple[ApiKey, ...] = ()) -> None:
         self.clock = clock
@@ -54,9 +55,10 @@ class Pair:
     async def open(self, **terms: Any) -> str:
         session_id = new_id()
         self.opened.append(session_id)
-        for lane in self.lanes:
-            created = await lane.store.create(session_id, a_grant(**terms))
-            assert isinstance(created, Admitted)
+        # Both lanes must use the same id.
+        with patch("app.store.memory.store.uuid.uuid4", return_value=session_id):
+            for lane in self.lanes:
+                assert isinstance(await lane.store.create(a_grant(**terms)), Admitted)
         return session_id
 
     async def ask(
@@ -66,7 +68,7 @@ class Pair:
         headers: Any = PLAIN,
         method: str = "POST",
     ) -> httpx.Response:
-        """Ask both; the answer, after checking that there is only one."""
+        """Send a request to both lanes, check that they agree, and return the response."""
         seen = []
         for lane in self.lanes:
             request = lane.client.build_request(method, path, content=body, headers=headers)
@@ -190,7 +192,7 @@ async def test_hostile_agents(pair: Pair, text: str) -> None:
 )
 async def test_headers(pair: Pair, headers: Any) -> None:
     path = f"/sessions/{await pair.open(call_budget=2)}/calls"
-    # Both lanes make ids of their own when they are not given one that they accept.
+    # Without a valid request id each lane generates one, and they would differ.
     known = [*dict(headers).items()] if isinstance(headers, dict) else list(headers)
     if sum(name == "x-request-id" for name, _ in known) != 1:
         known = [each for each in known if each[0] != "x-request-id"]
@@ -278,7 +280,7 @@ class Closed(FastAPI):
 
 async def test_plain_requests_are_served_by_the_fast_lane_alone(clock: ManualClock) -> None:
     lane = Lane(clock, (), fast=True)
-    created = await lane.store.create(new_id(), a_grant())
+    created = await lane.store.create(a_grant())
     assert isinstance(created, Admitted)
     lane.framework.__class__ = Closed
     path = f"/sessions/{created.session.session_id}"
@@ -296,7 +298,7 @@ async def test_plain_requests_are_served_by_the_fast_lane_alone(clock: ManualClo
     await lane.client.aclose()
 
 
-async def test_a_body_in_pieces_is_replayed_whole(pair: Pair) -> None:
+async def test_a_body_in_pieces_is_replayed_completely(pair: Pair) -> None:
     session_id = await pair.open()
     answers = []
     for lane in pair.lanes:

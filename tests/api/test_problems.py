@@ -1,4 +1,4 @@
-"""Problems: what a person, a program and an agent are told."""
+"""Problems, and what they say to people, programs and agents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import OTHER_AGENT, ManualClock
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_denial_is_a_whole_problem(api: Api) -> None:
+async def test_a_denial_is_a_complete_problem(api: Api) -> None:
     session = await api.create(call_budget=2, rate_limit_per_minute=1)
 
     answer = await api.client.post(
@@ -75,7 +75,7 @@ async def test_a_denial_says_what_to_do_next(
     assert (body["code"], body["next_action"]) == (code, next_action)
 
 
-async def test_what_the_agent_is_told_names_no_limits_and_no_tools(api: Api) -> None:
+async def test_the_agent_message_names_no_limits_and_no_tools(api: Api) -> None:
     session = await api.create(call_budget=7, rate_limit_per_minute=7)
 
     message = (await api.batch(session["session_id"], *["read_file"] * 8)).json()[
@@ -114,7 +114,7 @@ async def test_the_type_of_a_problem_is_a_page_that_explains_it(api: Api, code: 
 
 
 class BrokenStore(MemoryStore):
-    """A store that does not answer."""
+    """A store that is unavailable."""
 
     error: Exception = StoreUnavailable()
 
@@ -141,7 +141,7 @@ async def test_an_unavailable_store_is_a_transient_error(broken: Api) -> None:
     assert answer.json()["next_action"] == "wait"
 
 
-async def test_a_defect_is_logged_and_answered_without_its_cause(
+async def test_a_defect_is_logged_but_its_cause_is_not_sent(
     capsys: pytest.CaptureFixture[str], broken: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BrokenStore, "error", RuntimeError("secret cause"))

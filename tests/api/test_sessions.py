@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from app.store.contract import StoreLimits
+from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, OTHER_AGENT, ManualClock, new_id, session_request
 
@@ -33,6 +35,7 @@ class TestCreate:
             "data_sensitivity_ceiling": "internal",
             "created_at": "2026-01-01T12:00:00.000000Z",
             "expires_at": "2026-01-01T13:00:00.000000Z",
+            "revision": 1,
             "calls_made": 0,
             "calls_remaining": 1000,
             "rate_window_start": "2026-01-01T12:00:00.000000Z",
@@ -87,6 +90,28 @@ class TestCreate:
         body = answer.json()
         assert (body["code"], body["limit"], body["used"]) == ("too_many_sessions", 1, 1)
 
+    async def test_a_retry_gets_the_first_answer_although_the_maximum_was_lowered(
+        self, make_api: MakeApi, clock: ManualClock
+    ) -> None:
+        store = MemoryStore(StoreLimits(), clock)
+        key = {"idempotency-key": "k"}
+        for request in (session_request(), session_request(time_limit_secs=3600)):
+            before = await make_api(store=store)
+            first = await before.client.post("/sessions", json=request, headers=key)
+            after = await make_api(store=store, max_time_limit_secs=60)
+
+            again = await after.client.post("/sessions", json=request, headers=key)
+            longer = session_request(time_limit_secs=3600)
+            new = await after.client.post("/sessions", json=longer)
+            changed = request | {"time_limit_secs": 61}
+            other = await after.client.post("/sessions", json=changed, headers=key)
+
+            assert (again.status_code, again.content) == (201, first.content)
+            assert again.headers["idempotency-replayed"] == "true"
+            assert new.json()["code"] == "validation_failed"
+            assert other.json()["code"] == "idempotency_conflict"
+            key = {"idempotency-key": "another"}
+
     async def test_a_full_service_says_so(self, make_api: MakeApi) -> None:
         api = await make_api(max_sessions=1)
         await api.create()
@@ -125,7 +150,7 @@ class TestUse:
             ({"time_limit_secs": 0}, [], 408, "session_expired"),
         ],
     )
-    async def test_a_refused_batch_costs_nothing(
+    async def test_a_denied_batch_costs_nothing(
         self, api: Api, terms: dict[str, Any], tools: list[str], status: int, code: str
     ) -> None:
         session = await api.create(**terms)
@@ -166,7 +191,7 @@ class TestUse:
         read = (await api.client.get(f"/sessions/{session['session_id']}")).json()
         assert (read["status"], read["is_active"]) == ("expired", False)
 
-    async def test_another_agent_may_not_use_the_session(self, api: Api) -> None:
+    async def test_another_agent_cannot_use_the_session(self, api: Api) -> None:
         session = await api.create()
 
         mine = await api.call(session["session_id"], agent_id=AGENT.upper())
@@ -175,7 +200,7 @@ class TestUse:
         assert mine.status_code == 200
         assert (theirs.status_code, theirs.json()["code"]) == (403, "agent_mismatch")
 
-    async def test_data_above_the_ceiling_is_refused(self, api: Api) -> None:
+    async def test_a_call_on_data_above_the_ceiling_is_denied(self, api: Api) -> None:
         session = await api.create(data_sensitivity_ceiling="internal")
 
         below = await api.call(session["session_id"], data_sensitivity="internal")
@@ -257,7 +282,7 @@ class TestEnd:
         again = await api.client.delete(f"/agents/{AGENT}/sessions")
         assert again.json()["closed"] == 0
 
-    async def test_the_kill_switch_takes_an_agent_id_in_any_case(self, api: Api) -> None:
+    async def test_the_kill_switch_accepts_an_agent_id_in_any_case(self, api: Api) -> None:
         session = await api.create(agent_id=AGENT.upper())
 
         counted = await api.client.get(f"/agents/{AGENT.upper()}")

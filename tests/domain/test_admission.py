@@ -6,8 +6,15 @@ import pytest
 
 from app.domain.admission import Admission, Admitted, Denied, NextAction, Violation, decide
 from app.domain.admission import DenialCode as Code
-from app.domain.session import MICROSECONDS, DataSensitivity, Session, SessionStatus
+from app.domain.lifecycle import close
+from app.domain.session import MICROSECONDS, DataSensitivity, Session, SessionStatus, Terms
 from tests.support import AGENT, OTHER_AGENT, START, a_batch, a_call, a_grant, new_id
+
+
+def closed_at(now: int, before: Session) -> Session:
+    terms = close(before, now)
+    assert isinstance(terms, Terms)
+    return before.with_terms(terms, now)
 
 
 def session(**terms: object) -> Session:
@@ -33,14 +40,14 @@ def after(secs: float) -> int:
 def test_an_admitted_call_counts_once_in_budget_and_window() -> None:
     counted = admitted(session(), a_call())
 
-    assert (counted.calls_made, counted.rate_window_calls) == (1, 1)
-    assert counted.rate_window_start == START
+    assert (counted.usage.calls_made, counted.usage.rate_window_calls) == (1, 1)
+    assert counted.usage.rate_window_start == START
 
 
 def test_a_batch_counts_every_tool_including_repeats() -> None:
     counted = admitted(session(), a_batch("read_file", "read_file", "list_dir"))
 
-    assert counted.calls_made == 3
+    assert counted.usage.calls_made == 3
 
 
 def test_the_last_call_of_the_budget_is_admitted_and_the_next_is_not() -> None:
@@ -56,7 +63,7 @@ def test_the_last_call_of_the_budget_is_admitted_and_the_next_is_not() -> None:
 
 def test_a_whole_batch_must_fit_the_budget() -> None:
     assert denied(session(call_budget=2), a_batch(*["read_file"] * 3)).used == 0
-    assert admitted(session(call_budget=3), a_batch(*["read_file"] * 3)).calls_made == 3
+    assert admitted(session(call_budget=3), a_batch(*["read_file"] * 3)).usage.calls_made == 3
 
 
 def test_a_budget_of_zero_admits_nothing() -> None:
@@ -76,7 +83,7 @@ def test_a_session_with_no_time_is_expired_at_creation() -> None:
 
 
 def test_a_closed_session_stays_closed_after_its_deadline() -> None:
-    closed = session(time_limit_secs=10).with_closed(after(5))
+    closed = closed_at(after(5), session(time_limit_secs=10))
 
     assert closed.at(after(20)).status is SessionStatus.CLOSED
     assert denied(closed, a_call(), after(20)).code is Code.SESSION_CLOSED
@@ -91,7 +98,7 @@ def test_a_call_that_names_another_agent_is_denied() -> None:
 
 
 def test_another_agent_does_not_learn_that_a_session_is_closed() -> None:
-    closed = session().with_closed(START)
+    closed = closed_at(START, session())
 
     assert denied(closed, a_call(agent_id=OTHER_AGENT)).code is Code.AGENT_MISMATCH
 
@@ -140,8 +147,8 @@ def test_the_first_failed_rule_names_the_denial_and_all_are_listed() -> None:
 def test_an_empty_batch_passes_a_spent_budget_and_records_nothing() -> None:
     spent = admitted(session(call_budget=1, rate_limit_per_minute=0), a_batch())
 
-    assert admitted(spent, a_batch()).calls_made == 0
-    assert denied(spent.with_closed(START), a_batch()).code is Code.SESSION_CLOSED
+    assert admitted(spent, a_batch()).usage.calls_made == 0
+    assert denied(closed_at(START, spent), a_batch()).code is Code.SESSION_CLOSED
 
 
 class TestRate:
@@ -159,12 +166,12 @@ class TestRate:
 
         assert denied(full, a_call(), after(60) - 1).retry_after_secs == 1
         fresh = admitted(full, a_call(), after(60))
-        assert (fresh.rate_window_start, fresh.rate_window_calls) == (after(60), 1)
+        assert (fresh.usage.rate_window_start, fresh.usage.rate_window_calls) == (after(60), 1)
 
     def test_a_new_window_opens_with_the_first_call_after_the_old_one(self) -> None:
         late = admitted(session(rate_limit_per_minute=1), a_call(), after(90))
 
-        assert late.rate_window_start == after(90)
+        assert late.usage.rate_window_start == after(90)
         assert denied(late, a_call(), after(149)).code is Code.RATE_LIMITED
         assert admitted(late, a_call(), after(150))
 

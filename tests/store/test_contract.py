@@ -6,12 +6,20 @@ import asyncio
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from app.domain.admission import Admitted, Denied
+from app.domain.admission import KEY_CONFLICT, NO_SESSION, Admitted, Denied
 from app.domain.admission import DenialCode as Code
 from app.domain.errors import SessionLimitReached
-from app.domain.session import Session, SessionStatus
-from app.store.contract import IdempotencyKey, InvalidCursor, SessionFilter, SessionStore
+from app.domain.session import MICROSECONDS, Session, SessionStatus, Terms
+from app.domain.tools import AllowList
+from app.store.contract import (
+    CreationKey,
+    IdempotencyKey,
+    InvalidCursor,
+    SessionFilter,
+    SessionStore,
+)
 from tests.conftest import MakeStore
 from tests.support import (
     AGENT,
@@ -20,6 +28,8 @@ from tests.support import (
     a_batch,
     a_call,
     a_grant,
+    close,
+    create,
     new_id,
     opened,
 )
@@ -63,12 +73,12 @@ async def listed(store: SessionStore, which: SessionFilter = EVERYTHING) -> list
 class TestOneSession:
     async def test_a_new_session_admits_and_counts_a_call(self, store: SessionStore) -> None:
         session = await opened(store)
-        assert (session.calls_made, session.is_active) == (0, True)
+        assert (session.usage.calls_made, session.is_active) == (0, True)
 
         decision = await store.record(session.session_id, a_call())
 
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 1
+        assert decision.session.usage.calls_made == 1
         assert await current(store, session) == decision.session
 
     async def test_a_spent_budget_denies_the_next_call(self, store: SessionStore) -> None:
@@ -102,7 +112,7 @@ class TestOneSession:
     async def test_a_closed_session_cannot_be_used(self, store: SessionStore) -> None:
         session = await opened(store)
 
-        closed = await store.close(session.session_id)
+        closed = await close(store, session.session_id)
 
         assert isinstance(closed, Session)
         assert closed.status is SessionStatus.CLOSED
@@ -110,9 +120,9 @@ class TestOneSession:
 
     async def test_a_session_can_be_closed_only_once(self, store: SessionStore) -> None:
         session = await opened(store)
-        await store.close(session.session_id)
+        await close(store, session.session_id)
 
-        again = await store.close(session.session_id)
+        again = await close(store, session.session_id)
 
         assert isinstance(again, Denied)
         assert again.code is Code.SESSION_CLOSED
@@ -123,14 +133,14 @@ class TestOneSession:
         session = await opened(store, a_grant(time_limit_secs=10))
         clock.advance(11)
 
-        closed = await store.close(session.session_id)
+        closed = await close(store, session.session_id)
 
         assert isinstance(closed, Session)
         assert closed.status is SessionStatus.CLOSED
 
     async def test_an_unknown_session_is_not_found(self, store: SessionStore) -> None:
         recorded = await store.record(new_id(), a_call("anything"))
-        closed = await store.close(new_id())
+        closed = await close(store, new_id())
 
         assert isinstance(recorded, Denied)
         assert recorded.code is Code.SESSION_NOT_FOUND
@@ -152,13 +162,13 @@ class TestOneSession:
 
         assert (await deny(store, session)).code is Code.RATE_LIMITED
         clock.advance(60)
-        assert (await admit(store, session)).rate_window_calls == 1
+        assert (await admit(store, session)).usage.rate_window_calls == 1
 
     async def test_without_a_rate_limit_all_calls_pass(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(call_budget=100))
 
         for made in range(10):
-            assert (await admit(store, session)).calls_made == made + 1
+            assert (await admit(store, session)).usage.calls_made == made + 1
 
     async def test_returned_sessions_are_snapshots(self, store: SessionStore) -> None:
         session = await opened(store)
@@ -166,7 +176,7 @@ class TestOneSession:
 
         await admit(store, session)
 
-        assert (session.calls_made, first.calls_made) == (0, 1)
+        assert (session.usage.calls_made, first.usage.calls_made) == (0, 1)
 
 
 class TestBatch:
@@ -186,7 +196,7 @@ class TestBatch:
         assert (await deny(store, session, *tools)).code is code
 
         after = await current(store, session)
-        assert (after.calls_made, after.rate_window_calls) == (0, 0)
+        assert (after.usage.calls_made, after.usage.rate_window_calls) == (0, 0)
 
     async def test_an_empty_batch_succeeds_and_costs_nothing(self, store: SessionStore) -> None:
         session = await opened(store)
@@ -194,7 +204,7 @@ class TestBatch:
         decision = await store.record(session.session_id, a_batch())
 
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 0
+        assert decision.session.usage.calls_made == 0
 
     async def test_a_batch_after_an_elapsed_window_is_still_limited(
         self, store: SessionStore, clock: ManualClock
@@ -209,9 +219,9 @@ class TestDryRun:
     async def test_a_dry_run_answers_but_records_nothing(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(call_budget=1))
 
-        assert (await admit(store, session, dry_run=True)).calls_made == 1
+        assert (await admit(store, session, dry_run=True)).usage.calls_made == 1
 
-        assert (await current(store, session)).calls_made == 0
+        assert (await current(store, session)).usage.calls_made == 0
         await admit(store, session)
         assert (await deny(store, session, dry_run=True)).code is Code.BUDGET_EXCEEDED
 
@@ -253,7 +263,7 @@ class TestIdempotency:
 
         assert isinstance(first, Admitted)
         assert again == Admitted(first.session, replayed=True)
-        assert (await current(store, session)).calls_made == 2
+        assert (await current(store, session)).usage.calls_made == 2
 
     @pytest.mark.parametrize(
         "other",
@@ -269,7 +279,7 @@ class TestIdempotency:
 
         assert isinstance(conflict, Denied)
         assert conflict.code is Code.IDEMPOTENCY_CONFLICT
-        assert (await current(store, session)).calls_made == 1
+        assert (await current(store, session)).usage.calls_made == 1
 
     async def test_a_key_belongs_to_one_caller_and_one_session(
         self, store: SessionStore
@@ -311,7 +321,7 @@ class TestIdempotency:
         closed, expired = await opened(store), await opened(store)
         for session in (closed, expired):
             await store.record(session.session_id, a_call(), self.KEY)
-        await store.close(closed.session_id)
+        await close(store, closed.session_id)
         assert (await deny(store, closed, idempotency=self.KEY)).code is Code.SESSION_CLOSED
 
         clock.advance(3600)
@@ -332,10 +342,10 @@ class TestIdempotency:
     async def test_a_repeated_creation_makes_one_session(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
-        first = await store.create(new_id(), a_grant(), self.KEY)
+        first = await create(store, a_grant(), self.KEY)
         clock.advance(24 * 3600 - 1)
 
-        again = await store.create(new_id(), a_grant(), self.KEY)
+        again = await create(store, a_grant(), self.KEY)
 
         assert isinstance(first, Admitted)
         assert again == Admitted(first.session, replayed=True)
@@ -344,11 +354,11 @@ class TestIdempotency:
     async def test_a_creation_is_remembered_after_its_session_is_gone(
         self, store: SessionStore, clock: ManualClock
     ) -> None:
-        first = await store.create(new_id(), a_grant(time_limit_secs=1), self.KEY)
+        first = await create(store, a_grant(time_limit_secs=1), self.KEY)
         clock.advance(1000)
         assert await sweep(store) == 1
 
-        again = await store.create(new_id(), a_grant(time_limit_secs=1), self.KEY)
+        again = await create(store, a_grant(time_limit_secs=1), self.KEY)
 
         assert isinstance(first, Admitted)
         assert again == Admitted(first.session, replayed=True)
@@ -358,19 +368,48 @@ class TestIdempotency:
         self, store: SessionStore, clock: ManualClock, swept: bool
     ) -> None:
         for _ in range(2):
-            made = await store.create(new_id(), a_grant(), self.KEY)
+            made = await create(store, a_grant(), self.KEY)
             assert isinstance(made, Admitted)
             assert not made.replayed
             clock.advance(24 * 3600)
             if swept:
                 await sweep(store)
 
+    async def test_a_creation_key_belongs_to_the_agent(self, store: SessionStore) -> None:
+        first = await create(store, a_grant(), self.KEY)
+        second = await create(store, a_grant(agent_id=OTHER_AGENT), self.KEY)
+
+        assert isinstance(first, Admitted)
+        assert isinstance(second, Admitted)
+        assert not second.replayed
+        assert len(await listed(store)) == 2
+
+    async def test_a_creation_is_found_without_creating(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        key = CreationKey("proxy", "k", "request")
+        unknown = await store.find_creation(AGENT, key)
+        first = await store.create(a_grant(), key)
+        assert isinstance(first, Admitted)
+
+        found = await store.find_creation(AGENT, key)
+        other = await store.find_creation(OTHER_AGENT, key)
+        conflict = await store.find_creation(AGENT, key._replace(request="another"))
+        clock.advance(24 * 3600)
+        forgotten = await store.find_creation(AGENT, key)
+
+        assert found == Admitted(first.session, replayed=True)
+        assert isinstance(conflict, Denied)
+        assert conflict.code is Code.IDEMPOTENCY_CONFLICT
+        assert unknown is other is forgotten is None
+        assert len(await listed(store)) == 1
+
     async def test_another_grant_with_the_same_key_is_a_conflict(
         self, store: SessionStore
     ) -> None:
-        await store.create(new_id(), a_grant(), self.KEY)
+        await create(store, a_grant(), self.KEY)
 
-        conflict = await store.create(new_id(), a_grant(call_budget=7), self.KEY)
+        conflict = await create(store, a_grant(call_budget=7), self.KEY)
 
         assert isinstance(conflict, Denied)
         assert conflict.code is Code.IDEMPOTENCY_CONFLICT
@@ -395,7 +434,7 @@ class TestAgents:
         self, store: SessionStore, clock: ManualClock
     ) -> None:
         await opened(store, a_grant(time_limit_secs=10))
-        await store.close((await opened(store)).session_id)
+        await close(store, (await opened(store)).session_id)
         clock.advance(10)
         await opened(store, a_grant(call_budget=0))
 
@@ -408,7 +447,7 @@ class TestAgents:
     ) -> None:
         await opened(store, a_grant(time_limit_secs=10))
         await opened(store, a_grant(agent_id=OTHER_AGENT))
-        await store.close((await opened(store)).session_id)
+        await close(store, (await opened(store)).session_id)
         assert await store.count_active() == 2
 
         clock.advance(10)
@@ -425,13 +464,13 @@ class TestCaps:
         await opened(store)
         await opened(store, a_grant(agent_id=OTHER_AGENT))
 
-        denied = await store.create(new_id(), a_grant())
+        denied = await create(store, a_grant())
 
         assert isinstance(denied, Denied)
         assert denied.code is Code.TOO_MANY_SESSIONS
         assert (denied.limit, denied.used) == (2, 2)
         assert len(await listed(store)) == 3
-        await store.close(first.session_id)
+        await close(store, first.session_id)
         assert await opened(store)
 
     async def test_unswept_sessions_past_their_deadline_do_not_count(
@@ -447,16 +486,16 @@ class TestCaps:
     async def test_a_cap_of_zero_allows_no_sessions(self, make_store: MakeStore) -> None:
         store = await make_store(max_active_sessions_per_agent=0)
 
-        assert isinstance(await store.create(new_id(), a_grant()), Denied)
+        assert isinstance(await create(store, a_grant()), Denied)
 
     async def test_a_repeated_creation_is_replayed_at_the_cap(
         self, make_store: MakeStore
     ) -> None:
         store = await make_store(max_active_sessions_per_agent=1, max_sessions=1)
         key = IdempotencyKey("proxy", "k")
-        await store.create(new_id(), a_grant(), key)
+        await create(store, a_grant(), key)
 
-        again = await store.create(new_id(), a_grant(), key)
+        again = await create(store, a_grant(), key)
 
         assert isinstance(again, Admitted)
         assert again.replayed
@@ -464,7 +503,7 @@ class TestCaps:
     async def test_racing_creations_never_exceed_the_cap(self, make_store: MakeStore) -> None:
         store = await make_store(max_active_sessions_per_agent=5)
 
-        made = await asyncio.gather(*(store.create(new_id(), a_grant()) for _ in range(50)))
+        made = await asyncio.gather(*(create(store, a_grant()) for _ in range(50)))
 
         assert sum(isinstance(each, Admitted) for each in made) == 5
         assert await store.count_active_for_agent(AGENT) == 5
@@ -477,7 +516,7 @@ class TestCaps:
         await opened(store)
 
         with pytest.raises(SessionLimitReached):
-            await store.create(new_id(), a_grant())
+            await create(store, a_grant())
 
         assert len(await listed(store)) == 2
         clock.advance(15)
@@ -489,19 +528,119 @@ class TestCaps:
     ) -> None:
         store = await make_store(max_sessions=2, retention_secs=0)
         for key in "ab":
-            await store.create(
-                new_id(), a_grant(time_limit_secs=1), IdempotencyKey("proxy", key)
-            )
+            await create(store, a_grant(time_limit_secs=1), IdempotencyKey("proxy", key))
         clock.advance(1)
         await sweep(store)
 
         with pytest.raises(SessionLimitReached):
-            await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
+            await create(store, a_grant(), IdempotencyKey("proxy", "c"))
         assert await opened(store)
         clock.advance(24 * 3600)
         await sweep(store)
-        again = await store.create(new_id(), a_grant(), IdempotencyKey("proxy", "c"))
+        again = await create(store, a_grant(), IdempotencyKey("proxy", "c"))
         assert isinstance(again, Admitted)
+
+
+class TestChange:
+    async def test_a_transition_makes_the_next_revision(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store)
+        await store.record(session.session_id, a_call())
+        clock.advance(1)
+
+        changed = await store.change(session.session_id, double_budget)
+
+        assert isinstance(changed, Session)
+        assert changed.terms.rev == 2
+        assert changed.grant.call_budget == 2 * session.grant.call_budget
+        assert changed.usage.calls_made == 1
+        assert await store.get(session.session_id) == changed
+
+    async def test_a_denied_transition_changes_nothing(self, store: SessionStore) -> None:
+        session = await opened(store)
+
+        denied = await store.change(session.session_id, lambda *_: KEY_CONFLICT)
+
+        assert denied is KEY_CONFLICT
+        assert await store.get(session.session_id) == session
+
+    async def test_no_session_no_change(self, store: SessionStore) -> None:
+        assert await store.change(new_id(), double_budget) is NO_SESSION
+
+    async def test_racing_changes_are_all_applied(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=1))
+
+        await asyncio.gather(
+            *(store.change(session.session_id, double_budget) for _ in range(8)),
+            *(store.record(session.session_id, a_call()) for _ in range(8)),
+        )
+
+        after = await current(store, session)
+        assert (after.terms.rev, after.grant.call_budget) == (9, 256)
+
+    async def test_a_longer_deadline_moves_the_session_in_lists(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        first = await opened(store, a_grant(time_limit_secs=10))
+        second = await opened(store, a_grant(time_limit_secs=20))
+
+        await store.change(first.session_id, an_hour_longer)
+
+        assert await listed(store) == [second.session_id, first.session_id]
+        clock.advance(20)
+        assert await store.count_active() == await store.count_active_for_agent(AGENT) == 1
+        assert isinstance(await store.record(first.session_id, a_call()), Admitted)
+
+    async def test_a_budget_below_the_calls_made_admits_no_more(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+        for _ in range(3):
+            await store.record(session.session_id, a_call())
+
+        await store.change(session.session_id, no_budget)
+
+        denied = await store.record(session.session_id, a_call())
+        assert isinstance(denied, Denied)
+        assert (denied.code, denied.limit, denied.used) == (Code.BUDGET_EXCEEDED, 0, 3)
+
+    async def test_tools_can_be_replaced(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant("old", "both", "fs.*"))
+
+        await store.change(session.session_id, other_tools)
+
+        outcome = {
+            tool: isinstance(await store.record(session.session_id, a_call(tool)), Admitted)
+            for tool in ("old", "both", "fs.x", "new", "db.x")
+        }
+        assert outcome == {
+            "old": False,
+            "both": True,
+            "fs.x": False,
+            "new": True,
+            "db.x": True,
+        }
+
+
+def regranted(session: Session, **changes: Any) -> Terms:
+    return session.terms.changed(grant=replace(session.grant, **changes))
+
+
+def double_budget(session: Session, _: int) -> Terms:
+    return regranted(session, call_budget=2 * session.grant.call_budget)
+
+
+def no_budget(session: Session, _: int) -> Terms:
+    return regranted(session, call_budget=0)
+
+
+def other_tools(session: Session, _: int) -> Terms:
+    return regranted(session, authorized_tools=AllowList.of(("new", "both", "db.*")))
+
+
+def an_hour_longer(session: Session, _: int) -> Terms:
+    return session.terms.changed(expires_at=session.terms.expires_at + 3600 * MICROSECONDS)
 
 
 class TestSweep:
@@ -512,7 +651,7 @@ class TestSweep:
         expired = await opened(store, a_grant(time_limit_secs=0))
         closed = await opened(store)
         alive = await opened(store)
-        await store.close(closed.session_id)
+        await close(store, closed.session_id)
 
         swept = await store.cleanup_expired(100)
 
@@ -528,7 +667,7 @@ class TestSweep:
         expired = await opened(store, a_grant(time_limit_secs=10))
         closed = await opened(store)
         clock.advance(10)
-        await store.close(closed.session_id)
+        await close(store, closed.session_id)
 
         clock.advance(299)
         assert await sweep(store) == 0
@@ -545,7 +684,7 @@ class TestSweep:
         store = await make_store(retention_secs=300)
         session = await opened(store, a_grant(time_limit_secs=10))
         clock.advance(200)
-        await store.close(session.session_id)
+        await close(store, session.session_id)
 
         clock.advance(110)
 
@@ -557,7 +696,7 @@ class TestSweep:
         store = await make_store(retention_secs=0)
         for _ in range(5):
             await opened(store, a_grant(time_limit_secs=0))
-            await store.close((await opened(store)).session_id)
+            await close(store, (await opened(store)).session_id)
 
         slices = [await store.cleanup_expired(3) for _ in range(4)]
 
@@ -572,7 +711,7 @@ class TestSweep:
         for number in range(25):
             key = IdempotencyKey("proxy", str(number))
             await store.record(session.session_id, a_call(), key)
-        await store.close(session.session_id)
+        await close(store, session.session_id)
 
         slices = [await store.cleanup_expired(10) for _ in range(3)]
 
@@ -585,7 +724,7 @@ class TestSweep:
         store = await make_store(retention_secs=0, max_active_sessions_per_agent=1)
         session = await opened(store)
         await store.record(session.session_id, a_call(), IdempotencyKey("proxy", "k"))
-        await store.close(session.session_id)
+        await close(store, session.session_id)
 
         await sweep(store)
 
@@ -599,7 +738,7 @@ class TestListing:
         late = await opened(store, a_grant(time_limit_secs=30))
         soon = await opened(store, a_grant(time_limit_secs=10))
         between = await opened(store, a_grant(time_limit_secs=20))
-        await store.close(between.session_id)
+        await close(store, between.session_id)
 
         assert await listed(store) == [each.session_id for each in (soon, between, late)]
 
@@ -610,7 +749,7 @@ class TestListing:
         closed = await opened(store, a_grant(time_limit_secs=20))
         active = await opened(store, a_grant(time_limit_secs=30))
         other = await opened(store, a_grant(time_limit_secs=40, agent_id=OTHER_AGENT))
-        await store.close(closed.session_id)
+        await close(store, closed.session_id)
         clock.advance(10)
 
         async def found(agent_id: str | None, status: SessionStatus | None) -> list[str]:
@@ -638,10 +777,10 @@ class TestListing:
             assert len(page.sessions) <= 4
             seen += [each.session_id for each in page.sessions]
             cursor, going = page.next_cursor, page.next_cursor is not None
-            await store.close((await opened(store)).session_id)
+            await close(store, (await opened(store)).session_id)
             await opened(store, a_grant(time_limit_secs=0))
             await sweep(store)
-            await store.close(staying[-1])
+            await close(store, staying[-1])
 
         assert len(seen) == len(set(seen))
         assert set(staying[:-1]) <= set(seen)
@@ -668,9 +807,11 @@ class TestRaces:
             *(store.record(session.session_id, a_call()) for _ in range(500))
         )
 
-        made = [each.session.calls_made for each in decisions if isinstance(each, Admitted)]
+        made = [
+            each.session.usage.calls_made for each in decisions if isinstance(each, Admitted)
+        ]
         assert sorted(made) == list(range(1, 51))
-        assert (await current(store, session)).calls_made == 50
+        assert (await current(store, session)).usage.calls_made == 50
 
     async def test_racing_retries_of_one_call_are_charged_once(
         self, store: SessionStore
@@ -683,11 +824,11 @@ class TestRaces:
         )
 
         assert sum(not each.replayed for each in decisions if isinstance(each, Admitted)) == 1
-        assert (await current(store, session)).calls_made == 1
+        assert (await current(store, session)).usage.calls_made == 1
 
     async def test_racing_closes_close_a_session_once(self, store: SessionStore) -> None:
         session = await opened(store)
 
-        outcomes = await asyncio.gather(*(store.close(session.session_id) for _ in range(10)))
+        outcomes = await asyncio.gather(*(close(store, session.session_id) for _ in range(10)))
 
         assert sum(isinstance(each, Session) for each in outcomes) == 1

@@ -23,7 +23,8 @@ from tests.support import (
     a_batch,
     a_call,
     a_grant,
-    new_id,
+    close,
+    create,
     opened,
 )
 
@@ -84,7 +85,7 @@ async def test_a_session_survives_a_restart_unchanged(reopen: Reopen, crash: boo
     }
     session = await opened(store, a_grant("read_file", "fs.*", "*x*y", **terms))
     admitted = await store.record(session.session_id, a_batch("fs.list", "axby"))
-    closed = await store.close((await opened(store)).session_id)
+    closed = await close(store, (await opened(store)).session_id)
     assert isinstance(admitted, Admitted)
     assert isinstance(closed, Session)
 
@@ -131,7 +132,7 @@ async def test_a_rate_window_continues_after_a_restart(
 
 async def test_retries_are_replayed_after_a_restart(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
-    created = await store.create(new_id(), a_grant(), KEY)
+    created = await create(store, a_grant(), KEY)
     assert isinstance(created, Admitted)
     session_id = created.session.session_id
     first = await store.record(session_id, a_call(), KEY)
@@ -140,21 +141,19 @@ async def test_retries_are_replayed_after_a_restart(reopen: Reopen, crash: bool)
 
     store = await reopen(crash=crash)
 
-    assert await store.create(new_id(), a_grant(), KEY) == Admitted(
-        created.session, replayed=True
-    )
+    assert await create(store, a_grant(), KEY) == Admitted(created.session, replayed=True)
     assert await store.record(session_id, a_call(), KEY) == Admitted(
         first.session, replayed=True
     )
     for conflict in (
-        await store.create(new_id(), a_grant(call_budget=1), KEY),
+        await create(store, a_grant(call_budget=1), KEY),
         await store.record(session_id, a_call("list_dir"), KEY),
     ):
         assert isinstance(conflict, Denied)
         assert conflict.code is DenialCode.IDEMPOTENCY_CONFLICT
     after = await store.get(session_id)
     assert after is not None
-    assert after.calls_made == 2
+    assert after.usage.calls_made == 2
 
 
 async def test_the_kill_switch_survives_a_restart(reopen: Reopen, crash: bool) -> None:
@@ -173,14 +172,14 @@ async def test_caps_and_counts_survive_a_restart(reopen: Reopen, crash: bool) ->
     limits = {"max_sessions": 4, "max_active_sessions_per_agent": 2}
     store = await reopen(**limits)
     for _ in range(2):
-        await store.create(new_id(), a_grant(), None)
+        await create(store, a_grant(), None)
     closed = await opened(store, a_grant(agent_id=OTHER_AGENT))
-    await store.close(closed.session_id)
+    await close(store, closed.session_id)
 
     store = await reopen(crash=crash, **limits)
 
     assert await store.count_active() == await store.count_active_for_agent(AGENT) == 2
-    denied = await store.create(new_id(), a_grant())
+    denied = await create(store, a_grant())
     assert isinstance(denied, Denied)
     assert denied.code is DenialCode.TOO_MANY_SESSIONS
     await opened(store, a_grant(agent_id=OTHER_AGENT))

@@ -29,7 +29,7 @@ from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, Se
 from app.domain.tools import AllowList
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import DURABLE, STORES
-from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, new_id
+from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, close, create, new_id
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = TemporaryDirectory()
         self.store = self._make()
         self.models: dict[str, Model] = {}
-        self.creations: dict[IdempotencyKey, tuple[int, Grant, str]] = {}
+        self.creations: dict[tuple[IdempotencyKey, str], tuple[int, Grant, str]] = {}
 
     def _make(self) -> SessionStore:
         store: SessionStore = type(self).make_store(LIMITS, self.clock, Path(self.folder.name))
@@ -216,15 +216,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=sessions, key=st.sampled_from(KEYS[2:]))
     def repeat_creation(self, key: IdempotencyKey) -> Any:
-        if key not in self.creations:
-            return multiple()
-        return self._create(self.creations[key][1], key)
+        known = [grant for (used, _), (_, grant, _) in self.creations.items() if used == key]
+        return self._create(known[0], key) if known else multiple()
 
     def _create(self, grant: Grant, key: IdempotencyKey | None) -> Any:
         """Create a session in both. Return its id, or nothing if none was created."""
-        now, session_id = self.clock.now, new_id()
-        decision = self.run(self.store.create(session_id, grant, key))
-        known = None if key is None else self.creations.get(key)
+        now = self.clock.now
+        decision = self.run(create(self.store, grant, key))
+        known = None if key is None else self.creations.get((key, grant.agent_id))
         if known is not None and now < known[0] + DAY_SECS * MICROSECONDS:
             _, first_grant, first_id = known
             if first_grant != grant:
@@ -241,9 +240,10 @@ class StoreMachine(RuleBasedStateMachine):
             return multiple()
         assert isinstance(decision, Admitted)
         assert not decision.replayed
+        session_id = decision.session.session_id
         self.models[session_id] = Model(grant, now, window_start=now)
         if key is not None:
-            self.creations[key] = (now, grant, session_id)
+            self.creations[key, grant.agent_id] = (now, grant, session_id)
         return session_id
 
     @rule(session_id=sessions, asks=st.lists(asks, min_size=1, max_size=8))
@@ -305,7 +305,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert isinstance(decision, Admitted)
         assert not decision.replayed
-        assert decision.session.calls_made == model.made + len(asked.tool_names)
+        assert decision.session.usage.calls_made == model.made + len(asked.tool_names)
         if not dry_run:
             model.count(len(asked.tool_names), now)
             if key is not None and asked.tool_names:
@@ -313,7 +313,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(session_id=sessions)
     def close(self, session_id: str) -> None:
-        outcome = self.run(self.store.close(session_id))
+        outcome = self.run(close(self.store, session_id))
         model = self.models.get(session_id)
         if model is None or model.closed is not None:
             assert isinstance(outcome, Denied)
@@ -352,6 +352,31 @@ class StoreMachine(RuleBasedStateMachine):
         for gone in due:
             del self.models[gone]
 
+    @rule(
+        agent=st.one_of(st.none(), agents),
+        status=st.sampled_from([None, *SessionStatus]),
+        limit=st.integers(1, 3),
+    )
+    def read_page_by_page(
+        self, agent: str | None, status: SessionStatus | None, limit: int
+    ) -> None:
+        seen: list[str] = []
+        cursor, more = None, True
+        while more:
+            page = self.run(
+                self.store.list_all(SessionFilter(agent, status), limit=limit, cursor=cursor)
+            )
+            assert len(page.sessions) <= limit
+            seen += [session.session_id for session in page.sessions]
+            cursor, more = page.next_cursor, page.next_cursor is not None
+        expected = sorted(
+            (model.deadline, session_id)
+            for session_id, model in self.models.items()
+            if agent in (None, model.grant.agent_id)
+            and status in (None, model.status(self.clock.now))
+        )
+        assert seen == [session_id for _, session_id in expected]
+
     def _of(self, agent: str) -> list[Model]:
         return [each for each in self.models.values() if each.grant.agent_id == agent]
 
@@ -363,16 +388,20 @@ class StoreMachine(RuleBasedStateMachine):
         for session_id, model in self.models.items():
             session = self.run(self.store.get(session_id))
             assert session is not None
-            assert session.calls_made == model.made <= model.grant.call_budget
-            assert session.rate_window_start == model.window_start
-            assert session.rate_window_calls == model.window_calls
+            assert session.usage.calls_made == model.made <= model.grant.call_budget
+            assert session.usage.rate_window_start == model.window_start
+            assert session.usage.rate_window_calls == model.window_calls
             assert session.status.value == model.status(self.clock.now)
-            assert session.expires_at == model.deadline
+            assert session.terms.expires_at == model.deadline
+            assert session.terms.rev == 1 + (model.closed is not None)
 
     @invariant()
     def counts_and_lists_agree(self) -> None:
         active = self._active(AGENT) + self._active(OTHER_AGENT)
         assert self.run(self.store.count_active()) == active
+        page = self.run(self.store.list_all(SessionFilter(), limit=500))
+        in_order = sorted((each.deadline, id_) for id_, each in self.models.items())
+        assert [session.session_id for session in page.sessions] == [id_ for _, id_ in in_order]
         for agent in (AGENT, OTHER_AGENT):
             count = self.run(self.store.count_active_for_agent(agent))
             assert count == self._active(agent)

@@ -23,13 +23,13 @@ class SessionIndex:
 
     def add(self, session: Session) -> None:
         """Add a session."""
-        expires_at = session.expires_at
+        expires_at = session.terms.expires_at
         self._by_deadline.add((expires_at, session.session_id))
         self._by_agent.add((session.grant.agent_id, expires_at, session.session_id))
 
     def remove(self, session: Session) -> None:
         """Remove a session. Raises `ValueError` if it is not in the index."""
-        expires_at = session.expires_at
+        expires_at = session.terms.expires_at
         self._by_deadline.remove((expires_at, session.session_id))
         self._by_agent.remove((session.grant.agent_id, expires_at, session.session_id))
 

@@ -6,6 +6,7 @@ anything, so each is one atomic step of the event loop.
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +21,18 @@ from app.domain.admission import (
     Admission,
     Admitted,
     Denied,
-    already_closed,
     check_usable,
     decide,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
+from app.domain.lifecycle import Transition, close
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
+    CreationKey,
     IdempotencyKey,
     Page,
     SessionFilter,
@@ -45,9 +47,14 @@ from app.store.memory.sharded import ShardedDict
 _Replays = dict[IdempotencyKey, tuple[Admission, Session]]
 
 
+_CreationId = tuple[str, str, str]
+"""Caller, agent and key."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Creation:
     session: Session
+    request: str
     forget_at: int
 
 
@@ -64,8 +71,8 @@ class MemoryStore(SessionStore):
         # which comes first; its entry here is then skipped.
         self._closings: deque[tuple[int, str]] = deque()
         self._replays: ShardedDict[str, _Replays] = ShardedDict()
-        self._creations: ShardedDict[IdempotencyKey, _Creation] = ShardedDict()
-        self._forgettings: deque[tuple[int, IdempotencyKey]] = deque()
+        self._creations: ShardedDict[_CreationId, _Creation] = ShardedDict()
+        self._forgettings: deque[tuple[int, _CreationId]] = deque()
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> MemoryStore:
@@ -88,15 +95,13 @@ class MemoryStore(SessionStore):
 
     @override
     async def create(
-        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
+        self, grant: Grant, idempotency: CreationKey | None = None
     ) -> Admitted | Denied:
         now = self._clock()
         if idempotency is not None:
-            known = self._creations.get(idempotency)
-            if known is not None and now < known.forget_at:
-                if known.session.grant != grant:
-                    return KEY_CONFLICT
-                return Admitted(known.session, replayed=True)
+            known = self._find_creation(grant.agent_id, idempotency, now)
+            if known is not None:
+                return known
         full = self._limits.max_sessions
         if len(self._sessions) >= full:
             raise SessionLimitReached
@@ -107,14 +112,31 @@ class MemoryStore(SessionStore):
             active = self._open.count_alive_of(grant.agent_id, now)
             if active >= cap:
                 return too_many_sessions(cap, active)
-        session = Session.opened(session_id, grant, now)
-        self._sessions[session_id] = session
+        session = Session.opened(str(uuid.uuid4()), grant, now)
+        self._sessions[session.session_id] = session
         self._open.add(session)
         if idempotency is not None:
+            creation_id = idempotency.caller, grant.agent_id, idempotency.key
             forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
-            self._creations[idempotency] = _Creation(session, forget_at)
-            self._forgettings.append((forget_at, idempotency))
+            self._creations[creation_id] = _Creation(session, idempotency.request, forget_at)
+            self._forgettings.append((forget_at, creation_id))
         return Admitted(session)
+
+    @override
+    async def find_creation(
+        self, agent_id: str, idempotency: CreationKey
+    ) -> Admitted | Denied | None:
+        return self._find_creation(agent_id, idempotency, self._clock())
+
+    def _find_creation(
+        self, agent_id: str, idempotency: CreationKey, now: int
+    ) -> Admitted | Denied | None:
+        known = self._creations.get((idempotency.caller, agent_id, idempotency.key))
+        if known is None or now >= known.forget_at:
+            return None
+        if known.request != idempotency.request:
+            return KEY_CONFLICT
+        return Admitted(known.session, replayed=True)
 
     @override
     async def record(
@@ -150,22 +172,26 @@ class MemoryStore(SessionStore):
         return decision
 
     @override
-    async def close(self, session_id: str) -> Session | Denied:
+    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
         session = self._sessions.get(session_id)
         if session is None:
             return NO_SESSION
-        now = self._clock()
-        if session.closed_at is not None:
-            return already_closed(session.at(now))
-        return self._close(session, now)
+        return self._change(session, transition, self._clock())
 
-    def _close(self, session: Session, now: int) -> Session:
-        closed = session.with_closed(now)
-        self._sessions[session.session_id] = closed
-        self._open.remove(session)
-        self._closed.add(session)
-        self._closings.append((now, session.session_id))
-        return closed
+    def _change(self, session: Session, transition: Transition, now: int) -> Session | Denied:
+        terms = transition(session, now)
+        if isinstance(terms, Denied):
+            return terms
+        changed = session.with_terms(terms, now)
+        self._sessions[session.session_id] = changed
+        self._index_of(session).remove(session)
+        self._index_of(changed).add(changed)
+        if terms.closed_at is not None and session.terms.closed_at is None:
+            self._closings.append((terms.closed_at, session.session_id))
+        return changed
+
+    def _index_of(self, session: Session) -> SessionIndex:
+        return self._open if session.terms.closed_at is None else self._closed
 
     @override
     async def get(self, session_id: str) -> Session | None:
@@ -208,7 +234,7 @@ class MemoryStore(SessionStore):
         now = self._clock()
         active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), FIRST, now))
         for position in active:
-            self._close(self._sessions[position.session_id], now)
+            self._change(self._sessions[position.session_id], close, now)
         return len(active)
 
     @override

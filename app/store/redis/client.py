@@ -152,17 +152,26 @@ class ScriptClient:
     async def run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         """What the script returns. Raises `StoreUnavailable` if that cannot be known within
         the deadline; the script may have run nevertheless."""
-        return await self._submit(Step(script, keys, arguments))
+        return await self.submit(Step(script, keys, arguments))
 
-    async def run_all(self, steps: Sequence[Step]) -> list[Any]:
+    async def submit_all(self, steps: Sequence[Step]) -> list[Any]:
         """What the scripts return. Raises `StoreUnavailable` if one of them failed."""
         found: list[Any] = []
         for first in range(0, len(steps), MOST_AT_ONCE):
             some = steps[first : first + MOST_AT_ONCE]
-            found += await asyncio.gather(*(self._submit(step) for step in some))
+            found += await asyncio.gather(*(self.submit(step) for step in some))
         return found
 
-    def _submit(self, step: Step) -> asyncio.Future[Any]:
+    async def exists(self, key: str) -> bool:
+        """Whether there is such a key. Raises `StoreUnavailable`."""
+        try:
+            return bool(await self._client.exists(key))
+        except _ERRORS as error:
+            self._availability.failed(reason(error))
+            raise StoreUnavailable from error
+
+    def submit(self, step: Step) -> asyncio.Future[Any]:
+        """Send a script with all others of this turn of the event loop. See `run`."""
         if not self._turn:
             self._loop.call_soon(self._end_turn)
         future: asyncio.Future[Any] = self._loop.create_future()

@@ -1,13 +1,9 @@
-"""The names of the keys, and what the scripts about sessions tell (`lua/session_state.lua`).
-
-All that belongs to a session is in one slot of a cluster, chosen by the first 16 hex digits of
-its id; what belongs to an agent is in the agent's, and the index of all in one of its own.
-"""
+"""Sessions as the scripts keep and return them (`lua/prelude.lua`)."""
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
-from hashlib import sha256
 from typing import Any
 
 from app.domain.admission import (
@@ -17,99 +13,85 @@ from app.domain.admission import (
     Admitted,
     DenialCode,
     Denied,
-    already_closed,
     check_usable,
     denial,
     violation,
 )
-from app.domain.session import Grant, Session
-from app.store.codec import to_grant
-from app.store.contract import IdempotencyKey
+from app.domain.session import MICROSECONDS, Grant, Session, Terms, Usage
+from app.store.codec import to_grant, to_text
 
-GRANTS_KEPT = 16_384
-"""Grants of the latest sessions that are kept decoded."""
+TERMS_KEPT = 16_384
+"""Sessions whose terms are cached."""
 
-_PREFIX = "arbiter"
-ALL = f"{_PREFIX}:{{index}}:sessions"
-DOUBTFUL = f"{_PREFIX}:{{index}}:doubtful"
-CLOSED = f"{_PREFIX}:{{index}}:closed"
-CLOSINGS = f"{_PREFIX}:{{index}}:closings"
-CREATIONS = f"{_PREFIX}:{{index}}:creations"
-SWEEPER = f"{_PREFIX}:{{index}}:sweeper"
-READY = f"{_PREFIX}:{{index}}:ready"
-
-ID_CHARS = 36
+_TERMS = struct.Struct(">8d")
+_USAGE = struct.Struct(">4d")
+_NONE = -1.0
+"""Stands for no rate limit, and for a session that is not closed."""
 
 
-def session_keys(session_id: str) -> tuple[str, str, str]:
-    """The session, its grant, and its remembered admissions."""
-    slot = session_id.replace("-", "")[:16]
-    key = f"{_PREFIX}:{{{slot}}}:{session_id}"
-    return key, f"{key}:grant", f"{key}:replays"
+def pack_terms(terms: Terms) -> tuple[bytes, str]:
+    """The terms as the scripts keep them: packed, and the grant as text."""
+    grant = terms.grant
+    numbers = _TERMS.pack(
+        terms.created_at,
+        terms.expires_at,
+        _NONE if terms.closed_at is None else terms.closed_at,
+        terms.rev,
+        grant.call_budget,
+        _NONE if grant.rate_limit_per_minute is None else grant.rate_limit_per_minute,
+        grant.rate_limit_window_secs * MICROSECONDS,
+        grant.data_sensitivity_ceiling.rank,
+    )
+    patterns = " ".join(tool for tool in grant.authorized_tools.entries if "*" in tool)
+    return numbers + f"{grant.agent_id}{patterns}".encode(), to_text(grant)
 
 
-def sweep_key(session_id: str) -> str:
-    """A mark that the session was looked for in vain, and must not be created any more."""
-    return f"{session_keys(session_id)[0]}:swept"
+def exact_tools(grant: Grant) -> list[str]:
+    """The tools that the scripts keep as fields."""
+    return [tool for tool in grant.authorized_tools.entries if "*" not in tool]
 
 
-def agent_keys(agent_id: str) -> tuple[str, str, str]:
-    """The agent's open sessions, those of them that are in doubt, and the closed ones."""
-    key = f"{_PREFIX}:{{{agent_id}}}"
-    return f"{key}:open", f"{key}:doubtful", f"{key}:closed"
+def unpack_usage(packed: bytes) -> tuple[Usage, int]:
+    """The usage of a session, and the instant that it is of."""
+    made, start, calls, as_of = map(int, _USAGE.unpack(packed))
+    return Usage(made, start, calls), as_of
 
 
-def creation_key(digest: str) -> str:
-    """The creation with an idempotency key."""
-    return f"{_PREFIX}:{{index}}:creation:{digest}"
-
-
-def key_field(idempotency: IdempotencyKey) -> str:
-    """An idempotency key as one text, different for different keys."""
-    caller, key = idempotency
-    return f"{len(caller)}:{caller}:{key}"
-
-
-def key_digest(idempotency: IdempotencyKey | None) -> str:
-    """The same, short; empty if there is no key."""
-    return "" if idempotency is None else sha256(key_field(idempotency).encode()).hexdigest()
-
-
-class Grants:
-    """Grants never change: those of the latest sessions need not be told again."""
+class TermsCache:
+    """The terms of the latest sessions. The scripts do not send a revision that is known."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, Grant] = OrderedDict()
+        self._known: OrderedDict[str, Terms] = OrderedDict()
 
-    def get(self, session_id: str) -> Grant | None:
-        """The grant, if it is known."""
+    def get(self, session_id: str) -> Terms | None:
+        """The latest terms seen, if they are cached."""
         return self._known.get(session_id)
 
-    def keep(self, session_id: str, grant: Grant) -> None:
-        """Remember a grant for a while."""
-        self._known[session_id] = grant
-        if len(self._known) > GRANTS_KEPT:
+    def keep(self, session_id: str, terms: Terms) -> None:
+        """Cache terms."""
+        self._known[session_id] = terms
+        if len(self._known) > TERMS_KEPT:
             self._known.popitem(last=False)
 
-    def forget(self, session_id: str) -> None:
-        """The session is gone."""
-        self._known.pop(session_id, None)
-
-    def session(self, session_id: str, reply: list[Any], grant: Grant | None) -> Session | None:
-        """The session of a reply; `None` if it went away together with its grant."""
-        _, now, created_at, expires_at, made, start, calls, closed, told, *_ = reply
-        if grant is None:
-            if not told:
-                return None
-            grant = to_grant(told)
-            self.keep(session_id, grant)
-        closed_at = closed if closed != b"" else None
-        return Session(
-            session_id, grant, created_at, expires_at, now, made, start, calls, closed_at
-        )
+    def session(self, session_id: str, reply: list[Any], known: Terms | None) -> Session | None:
+        """The session of a reply to a script that was told of the revision `known`; `None` if
+        the reply has no session."""
+        if len(reply) == 1:
+            return None
+        _, _, packed_usage, packed, grant = reply[:5]
+        if packed:
+            created, expires, closed, rev, *_ = _TERMS.unpack_from(packed)
+            closed_at = None if closed == _NONE else int(closed)
+            known = Terms(to_grant(grant), int(created), int(expires), closed_at, int(rev))
+            self.keep(session_id, known)
+        assert known is not None  # noqa: S101 - the script sent what was not known
+        usage, as_of = unpack_usage(packed_usage)
+        return Session(session_id, known, usage, as_of)
 
 
-def decision(reply: list[Any], session: Session | None, admission: Admission) -> Any:
+def decision(
+    reply: list[Any], session: Session | None, admission: Admission
+) -> Admitted | Denied:
     """What `admit.lua` decided."""
     outcome = reply[0].decode()
     if outcome == DenialCode.IDEMPOTENCY_CONFLICT.value:
@@ -118,16 +100,24 @@ def decision(reply: list[Any], session: Session | None, admission: Admission) ->
         return NO_SESSION
     if outcome in {"admitted", "replayed"}:
         return Admitted(session, replayed=outcome == "replayed")
-    found: list[bytes] = reply[9]
-    if not found:
-        return check_usable(session, admission.agent_id, session.as_of)
-    places = tuple(reply[10])
-    violations = tuple(violation(DenialCode(code.decode()), session, places) for code in found)
+    unusable = check_usable(session, admission.agent_id, session.as_of)
+    if unusable is not None:
+        return unusable
+    codes, positions = reply[5:]
+    violations = tuple(
+        violation(DenialCode(code.decode()), session, tuple(positions)) for code in codes
+    )
     return denial(session, len(admission.tool_names), violations)
 
 
-def closing(reply: list[Any], session: Session | None) -> Session | Denied:
-    """What `session_close.lua` did."""
-    if session is None:
-        return NO_SESSION
-    return already_closed(session) if reply[0] == b"session_closed" else session
+def creation(reply: list[Any]) -> Admitted | Denied | None:
+    """What was answered to an earlier creation with the same key, if there was one."""
+    outcome = reply[0]
+    if outcome == b"conflict":
+        return KEY_CONFLICT
+    if outcome != b"replayed":
+        return None
+    session_id, created_at, grant = reply[1:]
+    return Admitted(
+        Session.opened(session_id.decode(), to_grant(grant), created_at), replayed=True
+    )

@@ -1,40 +1,38 @@
 """A store shared by many replicas: Redis, Valkey, or a cluster of them.
 
-What changes a session is one script in the session's slot (`lua/`), so that no replica can
-see or leave half of it. The indexes by agent and by deadline are in other slots, and a replica
-can die between two of them. Therefore:
-
-- Indexes are told first that a session is in doubt, with a lease; then it is written or closed;
-  then the indexes are told how that ended. If nobody tells them, the entry counts no more when
-  the lease ends, and a sweep looks at the session and sets the indexes right.
-- In doubt or not, a session stays in its agent's index, which the kill switch goes through.
-- A creation that took too long is given up before the session is written.
+Everything about a session and about its agent is in one cell (`keys`). Each verb about one
+session or one agent is one script there, so no replica can see or leave half of it, and a
+replica that dies leaves nothing to repair. Only lists without an agent, the count of all and
+the sweep visit all cells; each cell's part is exact by itself.
 
 The time is the engine's.
 """
 
 from __future__ import annotations
 
-import uuid
+import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from typing_extensions import override
 
 from app.domain.admission import (
-    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
     Denied,
     too_many_sessions,
 )
-from app.domain.errors import SessionLimitReached, StoreUnavailable
-from app.domain.session import Grant, Session, SessionStatus
+from app.domain.errors import SessionLimitReached, StoreUnavailable, StoreUnusable
+from app.domain.lifecycle import Transition
+from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus, Terms
 from app.store.clock import Clock
-from app.store.codec import to_session
+from app.store.codec import to_text
 from app.store.contract import (
+    CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
+    CreationKey,
     IdempotencyKey,
     Page,
     SessionFilter,
@@ -43,50 +41,139 @@ from app.store.contract import (
     Swept,
 )
 from app.store.cursor import FIRST, Cursor
-from app.store.redis import scripts
-from app.store.redis.client import ScriptClient
-from app.store.redis.index import Announcement, Due, Index
-from app.store.redis.replies import ID_CHARS, READY
-from app.store.redis.sessions import Sessions
+from app.store.redis import keys, replies, scripts
+from app.store.redis.client import ScriptClient, Step
+from app.store.redis.pages import Merge
+from app.store.redis.replies import TermsCache
 from app.store.redis.url import RedisUrl
 
-CLOSED_AT_ONCE = 200
-"""Sessions that the kill switch closes before it tells the indexes."""
+CLOSED_AT_ONCE = 1000
+"""Sessions that one step of the kill switch closes."""
 
-LOOK_AHEAD = 200
-"""Entries that are read at once at least, in search of sessions of a status."""
+SURVEY_EVERY_SECS = 1.0
+"""How old the total may be that `max_sessions` is compared with."""
+
+MOST_ATTEMPTS = 100
+"""How often a change is tried while other changes of the same session get in between."""
 
 
 class RedisStore(SessionStore):
     """Sessions in a Redis or Valkey."""
 
     def __init__(self, url: RedisUrl, limits: StoreLimits, clock: Clock | None = None) -> None:
-        self._cap = limits.max_active_sessions_per_agent
-        self._engine = ScriptClient(url)
-        self._sessions = Sessions(self._engine, limits, clock)
-        self._index = Index(self._engine, limits, self._sessions.now)
-        self._replica = str(uuid.uuid4())
+        self._url = url
+        self._limits = limits
+        self._clock = clock
+        self._client = ScriptClient(url)
+        self._terms = TermsCache()
+        self._total_sessions = self._total_creations = 0
+        self._due: dict[str, int] = {}
 
     @classmethod
     def from_url(cls, url: str, limits: StoreLimits) -> RedisStore:
-        """The store at a URL as `RedisUrl.parse` wants it. Raises `ValueError`."""
+        """The store at a URL that `RedisUrl.parse` accepts. Raises `ValueError`."""
         return cls(RedisUrl.parse(url), limits)
 
     @override
     async def open(self) -> None:
-        await self._engine.open()
+        await self._client.open()
+        try:
+            await self._check_layout()
+            await self._survey()
+        except BaseException:
+            await self._client.aclose()
+            raise
+        self._surveys = asyncio.create_task(self._survey_regularly())
+
+    async def _check_layout(self) -> None:
+        try:
+            version = await self._client.run(
+                scripts.LAYOUT, (keys.LAYOUT,), keys.LAYOUT_VERSION
+            )
+            is_old = await self._client.exists(keys.OLD_LAYOUT)
+        except StoreUnavailable as error:
+            raise StoreUnusable(f"cannot use {self._url}: it does not answer") from error
+        if is_old or version.decode() != keys.LAYOUT_VERSION:
+            raise StoreUnusable(
+                f"cannot use {self._url}: its keys were written by another version of this "
+                "program; run that version, or use an empty database"
+            )
 
     @override
     async def aclose(self) -> None:
-        # If the engine does not answer, the turn ends by itself.
-        with suppress(StoreUnavailable):
-            await self._index.leave(self._replica)
-        await self._engine.aclose()
+        self._surveys.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._surveys
+        await self._client.aclose()
 
     @override
     async def ping(self) -> None:
-        # Writing is what a replica, a full engine or a broken cluster cannot.
-        await self._engine.run(scripts.READY, (READY,), "")
+        await self._client.run(scripts.LAYOUT, (keys.LAYOUT,), keys.LAYOUT_VERSION)
+
+    def _step(self, script: scripts.Script, in_cell: tuple[str, ...], *arguments: Any) -> Step:
+        """A script with its keys, of which the first is the cell's clock."""
+        prefix = in_cell[0].removesuffix("clock")
+        # The engine's time counts, unless a test has a clock.
+        now = "" if self._clock is None else self._clock()
+        return Step(script, in_cell, (prefix, now, *arguments))
+
+    async def _run(
+        self, script: scripts.Script, in_cell: tuple[str, ...], *arguments: Any
+    ) -> Any:
+        return await self._client.submit(self._step(script, in_cell, *arguments))
+
+    @override
+    async def create(
+        self, grant: Grant, idempotency: CreationKey | None = None
+    ) -> Admitted | Denied:
+        session_id = keys.new_session_id(grant.agent_id)
+        clock, session_key, _ = keys.session_keys(session_id)
+        packed, text = replies.pack_terms(Terms(grant, 0, 0))
+        limits, cap = self._limits, self._limits.max_active_sessions_per_agent
+        reply = await self._run(
+            scripts.CREATE,
+            (
+                clock,
+                session_key,
+                keys.agent_keys(grant.agent_id)[1],
+                keys.creation_key(grant.agent_id, idempotency),
+            ),
+            session_id,
+            packed,
+            text,
+            grant.time_limit_secs * MICROSECONDS,
+            limits.retention_secs * 1000,
+            "" if cap is None else cap,
+            int(self._total_sessions >= limits.max_sessions),
+            int(self._total_creations >= limits.max_sessions),
+            "" if idempotency is None else idempotency.request,
+            CREATION_REPLAY_SECS * MICROSECONDS,
+            *replies.exact_tools(grant),
+        )
+        known = replies.creation(reply)
+        if known is not None:
+            return known
+        outcome = reply[0]
+        if outcome == b"full":
+            raise SessionLimitReached
+        if outcome == b"creations_full":
+            raise SessionLimitReached(TOO_MANY_CREATIONS)
+        if outcome == b"too_many":
+            return too_many_sessions(cap or 0, reply[1])
+        session = Session.opened(session_id, grant, reply[1])
+        self._terms.keep(session_id, session.terms)
+        self._total_sessions += 1
+        self._total_creations += idempotency is not None
+        return Admitted(session)
+
+    @override
+    async def find_creation(
+        self, agent_id: str, idempotency: CreationKey
+    ) -> Admitted | Denied | None:
+        in_cell = keys.agent_keys(agent_id)[0], keys.creation_key(agent_id, idempotency)
+        return replies.creation(
+            await self._run(scripts.FIND_CREATION, in_cell, idempotency.request)
+        )
 
     @override
     async def record(
@@ -97,119 +184,201 @@ class RedisStore(SessionStore):
         *,
         dry_run: bool = False,
     ) -> Admitted | Denied:
-        return await self._sessions.record(session_id, admission, idempotency, dry_run=dry_run)
+        known = self._terms.get(session_id)
+        tier = admission.data_sensitivity
+        reply = await self._run(
+            scripts.ADMIT,
+            keys.session_keys(session_id),
+            0 if known is None else known.rev,
+            admission.agent_id or "",
+            "" if tier is None else tier.rank,
+            int(dry_run),
+            "" if idempotency is None else keys.replay_field(idempotency),
+            "" if idempotency is None else to_text(admission),
+            *admission.tool_names,
+        )
+        session = self._terms.session(session_id, reply, known)
+        return replies.decision(reply, session, admission)
 
     @override
-    async def create(
-        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
-    ) -> Admitted | Denied:
-        announced = Announcement(session_id, grant, idempotency)
-        outcome, *told = await self._index.claim(announced)
-        if outcome == b"conflict":
-            return KEY_CONFLICT
-        if outcome == b"replayed":
-            return Admitted(to_session(told[0]), replayed=True)
-        if outcome == b"full":
-            raise SessionLimitReached
-        if outcome == b"creations_full":
-            raise SessionLimitReached(TOO_MANY_CREATIONS)
-        claimed_at, entry = told
-        announced = announced._replace(session_id=entry.decode()[:ID_CHARS])
-        active = await self._index.claim_for_agent(announced)
-        if active is not None:
-            if outcome == b"new":
-                await self._index.withdraw(announced)
-            return too_many_sessions(self._cap or 0, active)
-        written = await self._sessions.write(
-            announced.session_id, grant, self._index.begin_by(claimed_at)
-        )
-        # As it was when it was created, by whomever.
-        session = Session.opened(written.session_id, grant, written.created_at)
-        await self._index.confirm(announced, session)
-        if written.closed_at is not None:
-            # Meanwhile, so that it is not to be announced as open.
-            await self._close([session.session_id], grant.agent_id, only_active=False)
-        return Admitted(session, replayed=outcome != b"new")
+    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+        in_cell = keys.session_keys(session_id)[:2]
+        for _ in range(MOST_ATTEMPTS):
+            session = await self.get(session_id)
+            if session is None:
+                return NO_SESSION
+            terms = transition(session, session.as_of)
+            if isinstance(terms, Denied):
+                return terms
+            packed, text = replies.pack_terms(terms)
+            reply = await self._run(
+                scripts.CHANGE,
+                in_cell,
+                session_id,
+                session.terms.rev,
+                packed,
+                text,
+                self._limits.retention_secs * 1000,
+                *replies.exact_tools(terms.grant),
+            )
+            if reply[0] == b"changed":
+                self._terms.keep(session_id, terms)
+                usage, _ = replies.unpack_usage(reply[1])
+                return Session(session_id, terms, usage, session.as_of)
+        raise StoreUnavailable
 
     @override
     async def get(self, session_id: str) -> Session | None:
-        (session,) = await self._sessions.read([session_id])
+        (session,) = await self._read([session_id])
         return session
 
-    @override
-    async def close(self, session_id: str) -> Session | Denied:
-        session = await self.get(session_id)
-        if session is None:
-            return NO_SESSION
-        agent_id = session.grant.agent_id
-        (reply,) = await self._close([session_id], agent_id, only_active=False)
-        return self._sessions.closing(session, reply)
-
-    async def _close(
-        self, session_ids: list[str], agent_id: str, *, only_active: bool
-    ) -> list[list[Any]]:
-        await self._index.begin_close(agent_id, session_ids)
-        found = await self._sessions.close(session_ids, only_active=only_active)
-        await self._index.end_close(agent_id, session_ids, found)
-        return found
+    async def _read(self, session_ids: Sequence[str]) -> list[Session | None]:
+        """The sessions as they are now, with one script for each cell."""
+        known = {session_id: self._terms.get(session_id) for session_id in session_ids}
+        by_cell: dict[str, list[str]] = {}
+        for session_id in session_ids:
+            by_cell.setdefault(keys.cell_of_session(session_id), []).append(session_id)
+        found: dict[str, Session | None] = {}
+        steps = []
+        for cell, ids in by_cell.items():
+            arguments: list[Any] = []
+            for session_id in ids:
+                terms = known[session_id]
+                arguments += [session_id, 0 if terms is None else terms.rev]
+            steps.append(self._step(scripts.READ, keys.cell_keys(cell)[:1], *arguments))
+        for ids, told in zip(
+            by_cell.values(), await self._client.submit_all(steps), strict=True
+        ):
+            for session_id, reply in zip(ids, told, strict=True):
+                found[session_id] = self._terms.session(session_id, reply, known[session_id])
+        return [found[session_id] for session_id in session_ids]
 
     @override
     async def close_sessions_for_agent(self, agent_id: str) -> int:
-        closed, after, more = 0, FIRST, True
-        active = SessionFilter(agent_id, SessionStatus.ACTIVE)
+        in_cell = keys.agent_keys(agent_id)[:2]
+        retention, total, more = self._limits.retention_secs * 1000, 0, True
         while more:
-            some = await self._index.positions(active, after, CLOSED_AT_ONCE)
-            more = len(some) == CLOSED_AT_ONCE
-            if some:
-                after = some[-1]
-                ids = [each.session_id for each in some]
-                found = await self._close(ids, agent_id, only_active=True)
-                closed += sum(outcome == b"closed" for outcome, *_ in found)
-        return closed
+            closed, seen = await self._run(
+                scripts.CLOSE_AGENT, in_cell, CLOSED_AT_ONCE, retention
+            )
+            total, more = total + closed, seen == CLOSED_AT_ONCE
+        return total
 
     @override
     async def count_active_for_agent(self, agent_id: str) -> int:
-        return await self._index.count_active_of(agent_id)
+        return int(await self._run(scripts.COUNT, keys.agent_keys(agent_id)[:2]))
 
     @override
     async def count_active(self) -> int:
-        return await self._index.count_active()
+        steps = [self._step(scripts.COUNT, keys.cell_keys(cell)[:2]) for cell in keys.CELLS]
+        return sum(await self._client.submit_all(steps))
 
     @override
     async def list_all(
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         after = FIRST if cursor is None else Cursor.decode(cursor)
-        sessions: list[Session] = []
-        more = True
-        while more and len(sessions) <= limit:
-            most = max(limit + 1, LOOK_AHEAD)
-            positions = await self._index.positions(which, after, most)
-            more = len(positions) == most
-            if positions:
-                after = positions[-1]
-            found = await self._sessions.read([each.session_id for each in positions])
-            # An entry can be older than its session, and a session than its entry.
-            sessions += [each for each in found if each and _is(each, which.status)]
-        page = sessions[:limit]
-        last = Cursor(page[-1].expires_at, page[-1].session_id) if page else FIRST
-        return Page(page, last.encode() if len(sessions) > limit else None)
+        agent_id, status = which
+        cells = keys.CELLS if agent_id is None else [keys.cell_of_agent(agent_id)]
+
+        async def read(
+            some: Sequence[str], starts: Sequence[Cursor], most: int
+        ) -> list[list[Cursor]]:
+            steps = [
+                self._step(
+                    scripts.PAGE,
+                    self._index_keys(cell, which),
+                    *start,
+                    most,
+                    "" if status is None else status.value,
+                )
+                for cell, start in zip(some, starts, strict=True)
+            ]
+            return list(map(_cursors, await self._client.submit_all(steps)))
+
+        merge = Merge(cells, after, read)
+        page: list[tuple[Cursor, Session]] = []
+        at_end = False
+        while len(page) <= limit and not at_end:
+            missing = limit + 1 - len(page)
+            entries = await merge.take(missing)
+            at_end = len(entries) < missing
+            sessions = await self._read([entry.session_id for entry in entries])
+            # An entry can be older than its session.
+            page += [
+                (entry, session)
+                for entry, session in zip(entries, sessions, strict=True)
+                if session is not None and status in (None, session.status)
+            ]
+        more = len(page) > limit
+        return Page(
+            [session for _, session in page[:limit]],
+            page[limit - 1][0].encode() if more else None,
+        )
+
+    def _index_keys(self, cell: str, which: SessionFilter) -> tuple[str, ...]:
+        agent_id, status = which
+        clock, opened, closed = (
+            keys.cell_keys(cell) if agent_id is None else keys.agent_keys(agent_id)
+        )
+        if status is None:
+            return clock, opened, closed
+        return clock, closed if status is SessionStatus.CLOSED else opened
+
+    async def _survey(self) -> None:
+        """Find out how much all cells hold, and how much of it is due to be removed."""
+        retention = self._limits.retention_secs * MICROSECONDS
+        steps = [
+            self._step(scripts.DUE, keys.cell_keys(cell)[:1], retention) for cell in keys.CELLS
+        ]
+        found = await self._client.submit_all(steps)
+        self._total_sessions = sum(sessions for sessions, _, _ in found)
+        self._total_creations = sum(creations for _, creations, _ in found)
+        self._due = {
+            cell: due for cell, (_, _, due) in zip(keys.CELLS, found, strict=True) if due
+        }
+
+    async def _survey_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(SURVEY_EVERY_SECS)
+            # The next one comes; what is wrong is in the log.
+            with suppress(StoreUnavailable):
+                await self._survey()
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
-        due = await self._index.due(self._replica, limit)
-        found = await self._sessions.sweep([each.session_id for each in due])
-        gone: list[Due] = []
-        for each, reply in zip(due, found, strict=True):
-            if reply[0] == b"alive":
-                await self._index.end_close(each.agent_id, [each.session_id], [reply])
+        if not self._due:
+            await self._survey()
+        asked: dict[str, int] = {}
+        for cell, due in self._due.items():
+            if limit <= sum(asked.values()):
+                break
+            asked[cell] = min(due, limit - sum(asked.values()))
+        retention = self._limits.retention_secs * MICROSECONDS
+        steps = [
+            self._step(scripts.SWEEP, keys.cell_keys(cell)[:1], retention, most)
+            for cell, most in asked.items()
+        ]
+        expired_ones = closed_ones = 0
+        found = await self._client.submit_all(steps)
+        for (cell, most), (expired, closed, creations) in zip(
+            asked.items(), found, strict=True
+        ):
+            expired_ones += expired
+            closed_ones += closed
+            self._total_sessions -= expired + closed
+            self._total_creations -= creations
+            left = self._due.get(cell, 0) - most
+            if expired + closed + creations < most or left <= 0:
+                self._due.pop(cell, None)
             else:
-                gone.append(each)
-        if gone:
-            await self._index.forget(gone)
-        kinds = [each.kind for each in gone]
-        return Swept(kinds.count("expired"), kinds.count("closed"), more=len(due) >= limit)
+                self._due[cell] = left
+        return Swept(expired_ones, closed_ones, more=bool(self._due))
 
 
-def _is(session: Session, status: SessionStatus | None) -> bool:
-    return status is None or session.status is status
+def _cursors(told: list[bytes]) -> list[Cursor]:
+    """The entries that `page.lua` returned."""
+    return [
+        Cursor(int(deadline), session_id.decode())
+        for session_id, deadline in zip(told[::2], told[1::2], strict=True)
+    ]

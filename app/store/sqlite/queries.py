@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from app.domain.admission import Admission
-from app.domain.session import Grant, Session
-from app.store.codec import to_admission, to_grant, to_session, to_text
-from app.store.contract import IdempotencyKey
+from app.domain.session import Grant, Session, Terms, Usage
+from app.store.codec import to_admission, to_grant, to_text
+from app.store.contract import CreationKey, IdempotencyKey
 from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
 
@@ -24,7 +24,7 @@ GRANTS_KEPT = 16_384
 """How many decoded grants to cache."""
 
 _COUNTERS = "calls_made, rate_window_start, rate_window_calls"
-_SESSION = f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at"
+_SESSION = f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision"
 _OPEN, _CLOSED = "closed_at IS NULL", "closed_at IS NOT NULL"
 
 
@@ -43,12 +43,22 @@ class Due(NamedTuple):
     closed: bool
 
 
+class Creation(NamedTuple):
+    """A creation remembered by its idempotency key."""
+
+    session: Session
+    """As it was created."""
+    request: str
+    forget_at: int
+
+
 class Queries:
     """The sessions in an open database. Every method may raise `sqlite3.Error`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self._grants: OrderedDict[str, Grant] = OrderedDict()
+        # Keyed by session id; good for one revision of the terms.
+        self._grants: OrderedDict[str, tuple[int, Grant]] = OrderedDict()
 
     # Sessions
 
@@ -58,62 +68,61 @@ class Queries:
         return None if row is None else self._found(row, now)
 
     def _found(self, row: Any, now: int) -> Found:
-        row_id, session_id, created_at, expires_at, made, start, calls, closed_at = row
-        grant = self._grant(session_id, row_id)
-        return Found(
-            row_id,
-            Session(
-                session_id, grant, created_at, expires_at, now, made, start, calls, closed_at
-            ),
-        )
+        row_id, session_id, created_at, expires_at, made, start, calls, closed_at, rev = row
+        grant = self._grant(session_id, row_id, rev)
+        terms = Terms(grant, created_at, expires_at, closed_at, rev)
+        return Found(row_id, Session(session_id, terms, Usage(made, start, calls), now))
 
-    def _grant(self, session_id: str, row_id: int) -> Grant:
+    def _grant(self, session_id: str, row_id: int, rev: int) -> Grant:
         known = self._grants.get(session_id)
-        if known is None:
-            terms = self._one("SELECT terms FROM grants WHERE id = ?", row_id)
-            known = self._grants[session_id] = to_grant(terms)
-            if len(self._grants) > GRANTS_KEPT:
-                self._grants.popitem(last=False)
-        return known
+        if known is not None and known[0] == rev:
+            return known[1]
+        grant = to_grant(self._one("SELECT terms FROM grants WHERE id = ?", row_id))
+        self._grants[session_id] = rev, grant
+        if len(self._grants) > GRANTS_KEPT:
+            self._grants.popitem(last=False)
+        return grant
 
     def insert(self, session: Session) -> None:
         """Insert a new session."""
         row_id = self._db.execute(
-            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1)",
             (
                 session.session_id,
                 session.grant.agent_id,
-                session.created_at,
-                session.expires_at,
+                session.terms.created_at,
+                session.terms.expires_at,
                 session.grant.call_budget,
-                session.calls_made,
-                session.rate_window_start,
-                session.rate_window_calls,
+                *astuple(session.usage),
             ),
         ).lastrowid
         self._db.execute("INSERT INTO grants VALUES (?, ?)", (row_id, to_text(session.grant)))
 
-    def count_calls(self, row_id: int, session: Session) -> None:
-        """Update the counters of a session."""
+    def count_calls(self, row_id: int, usage: Usage) -> None:
+        """Update the usage of a session."""
         self._db.execute(
             "UPDATE sessions SET calls_made = ?, rate_window_start = ?, rate_window_calls = ?"
             " WHERE id = ?",
-            (
-                session.calls_made,
-                session.rate_window_start,
-                session.rate_window_calls,
-                row_id,
-            ),
+            (*astuple(usage), row_id),
         )
 
-    def close(self, row_id: int, now: int) -> None:
-        """Close a session at `now`."""
-        self._db.execute("UPDATE sessions SET closed_at = ? WHERE id = ?", (now, row_id))
+    def change(self, row_id: int, before: Terms, after: Terms) -> None:
+        """Replace the terms of a session."""
+        # The table refuses calls past the budget, but a budget may be lowered below them.
+        self._db.execute(
+            "UPDATE sessions SET expires_at = ?, closed_at = ?, revision = ?,"
+            " call_budget = max(?, calls_made) WHERE id = ?",
+            (after.expires_at, after.closed_at, after.rev, after.grant.call_budget, row_id),
+        )
+        if after.grant is not before.grant:
+            self._db.execute(
+                "UPDATE grants SET terms = ? WHERE id = ?", (to_text(after.grant), row_id)
+            )
 
     def close_active_of(self, agent_id: str, now: int) -> int:
         """Close the active sessions of an agent. Return their number."""
         return self._db.execute(
-            "UPDATE sessions SET closed_at = ?"
+            "UPDATE sessions SET closed_at = ?, revision = revision + 1"
             f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
             (now, agent_id, now),
         ).rowcount
@@ -215,13 +224,8 @@ class Queries:
         if row is None:
             return None
         admission, as_of, made, window_start, window_calls = row
-        return to_admission(admission), replace(
-            found.session,
-            as_of=as_of,
-            calls_made=made,
-            rate_window_start=window_start,
-            rate_window_calls=window_calls,
-        )
+        usage = Usage(made, window_start, window_calls)
+        return to_admission(admission), replace(found.session, as_of=as_of, usage=usage)
 
     def remember(
         self, row_id: int, idempotency: IdempotencyKey, admission: Admission, session: Session
@@ -234,9 +238,7 @@ class Queries:
                 *idempotency,
                 to_text(admission),
                 session.as_of,
-                session.calls_made,
-                session.rate_window_start,
-                session.rate_window_calls,
+                *astuple(session.usage),
             ),
         )
 
@@ -248,25 +250,41 @@ class Queries:
             (row_id, limit),
         ).rowcount
 
-    def creation(self, idempotency: IdempotencyKey) -> tuple[Session, int] | None:
-        """The session created with this key and the instant to forget it, or `None`."""
+    def creation(self, agent_id: str, idempotency: CreationKey) -> Creation | None:
+        """The creation remembered with this key, or `None`."""
         row = self._db.execute(
-            "SELECT session, forget_at FROM creations WHERE caller = ? AND key = ?",
-            idempotency,
+            "SELECT session_id, terms, created_at, request, forget_at FROM creations"
+            " WHERE caller = ? AND agent_id = ? AND key = ?",
+            (idempotency.caller, agent_id, idempotency.key),
         ).fetchone()
-        return None if row is None else (to_session(row[0]), row[1])
+        if row is None:
+            return None
+        session_id, terms, created_at, request, forget_at = row
+        session = Session.opened(session_id, to_grant(terms), created_at)
+        return Creation(session, request, forget_at)
 
     def count_creations(self) -> int:
         """The number of remembered creations, found by a scan."""
         return self._number("SELECT count(*) FROM creations")
 
     def remember_creation(
-        self, idempotency: IdempotencyKey, session: Session, forget_at: int
+        self, idempotency: CreationKey, session: Session, forget_at: int
     ) -> None:
         """Remember a creation, replacing an older one with the same key."""
+        caller, key, request = idempotency
+        grant = session.grant
         self._db.execute(
-            "INSERT OR REPLACE INTO creations VALUES (?, ?, ?, ?)",
-            (*idempotency, forget_at, to_text(session)),
+            "INSERT OR REPLACE INTO creations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                caller,
+                grant.agent_id,
+                key,
+                request,
+                forget_at,
+                session.session_id,
+                session.terms.created_at,
+                to_text(grant),
+            ),
         )
 
     def forget_creations(self, now: int, limit: int) -> int:

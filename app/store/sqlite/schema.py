@@ -67,7 +67,32 @@ CREATE TABLE clock (reserved_until INTEGER NOT NULL) STRICT;
 INSERT INTO clock VALUES (0);
 """
 
-MIGRATIONS = (_TABLES,)
+# Terms have a revision. A creation is found by caller, agent and key, and must have the same
+# request, of which a digest is kept. The digest of older creations is not known.
+_REVISIONS = """
+ALTER TABLE sessions ADD COLUMN revision INTEGER NOT NULL DEFAULT 1;
+UPDATE sessions SET revision = 2 WHERE closed_at IS NOT NULL;
+CREATE TABLE new_creations (
+    caller TEXT NOT NULL,
+    agent_id TEXT NOT NULL,
+    key TEXT NOT NULL,
+    request TEXT NOT NULL,
+    forget_at INTEGER NOT NULL,
+    session_id TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    terms TEXT NOT NULL,
+    UNIQUE (caller, agent_id, key)
+) STRICT;
+INSERT INTO new_creations
+    SELECT caller, session ->> '$.grant.agent_id', key, '', forget_at,
+        session ->> '$.session_id', session ->> '$.created_at', session -> '$.grant'
+    FROM creations;
+DROP TABLE creations;
+ALTER TABLE new_creations RENAME TO creations;
+CREATE INDEX forgettings ON creations (forget_at);
+"""
+
+MIGRATIONS = (_TABLES, _REVISIONS)
 """Scripts in order. The version of a file is the number of scripts applied to it."""
 
 

@@ -20,10 +20,12 @@ from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
 from app.domain.errors import SessionLimitReached, StoreUnavailable
+from app.domain.lifecycle import Transition
 from app.domain.session import Grant, Session
 from app.store.availability import Availability
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
+    CreationKey,
     IdempotencyKey,
     InvalidCursor,
     Page,
@@ -124,10 +126,16 @@ class SqliteStore(SessionStore):
 
     @override
     async def create(
-        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None = None
+        self, grant: Grant, idempotency: CreationKey | None = None
     ) -> Admitted | Denied:
+        return await self._commits.submit(lambda: self._transactions.create(grant, idempotency))
+
+    @override
+    async def find_creation(
+        self, agent_id: str, idempotency: CreationKey
+    ) -> Admitted | Denied | None:
         return await self._commits.submit(
-            lambda: self._transactions.create(session_id, grant, idempotency)
+            lambda: self._transactions.find_creation(agent_id, idempotency)
         )
 
     @override
@@ -146,8 +154,10 @@ class SqliteStore(SessionStore):
         )
 
     @override
-    async def close(self, session_id: str) -> Session | Denied:
-        return await self._commits.submit(lambda: self._transactions.close(session_id))
+    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+        return await self._commits.submit(
+            lambda: self._transactions.change(session_id, transition)
+        )
 
     @override
     async def get(self, session_id: str) -> Session | None:

@@ -4,6 +4,7 @@ on the thread that owns the connection."""
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,17 +15,18 @@ from app.domain.admission import (
     Admission,
     Admitted,
     Denied,
-    already_closed,
     check_usable,
     decide,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
+from app.domain.lifecycle import Transition
 from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.clock import Clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
+    CreationKey,
     IdempotencyKey,
     Page,
     SessionFilter,
@@ -32,7 +34,7 @@ from app.store.contract import (
     Swept,
 )
 from app.store.cursor import FIRST, Cursor
-from app.store.sqlite.queries import Queries
+from app.store.sqlite.queries import Creation, Queries
 
 RESERVED_SECS = 1
 """How far ahead of the clock to reserve time in the file, and the least time between writes."""
@@ -108,15 +110,14 @@ class Transactions:
             tally.sessions + sessions, tally.open + opened, tally.creations + creations
         )
 
-    def create(
-        self, session_id: str, grant: Grant, idempotency: IdempotencyKey | None
-    ) -> Admitted | Denied:
+    def create(self, grant: Grant, idempotency: CreationKey | None) -> Admitted | Denied:
         """See `SessionStore.create`."""
         now, full = self.now(), self._limits.max_sessions
-        known = None if idempotency is None else self._queries.creation(idempotency)
-        if known is not None and now < known[1]:
-            first = known[0]
-            return Admitted(first, replayed=True) if first.grant == grant else KEY_CONFLICT
+        known = None
+        if idempotency is not None:
+            known = self._queries.creation(grant.agent_id, idempotency)
+            if known is not None and now < known.forget_at:
+                return _replay(known, idempotency)
         if self._tally.sessions >= full:
             raise SessionLimitReached
         if idempotency is not None and self._tally.creations >= full:
@@ -126,7 +127,7 @@ class Transactions:
             active = self._queries.count_active_of(grant.agent_id, now)
             if active >= cap:
                 return too_many_sessions(cap, active)
-        session = Session.opened(session_id, grant, now)
+        session = Session.opened(str(uuid.uuid4()), grant, now)
         self._queries.insert(session)
         self._count(sessions=1, opened=1)
         if idempotency is not None:
@@ -135,6 +136,15 @@ class Transactions:
             # A known creation is over 24 hours old but not yet swept, and has been replaced.
             self._count(creations=1 if known is None else 0)
         return Admitted(session)
+
+    def find_creation(
+        self, agent_id: str, idempotency: CreationKey
+    ) -> Admitted | Denied | None:
+        """See `SessionStore.find_creation`."""
+        known = self._queries.creation(agent_id, idempotency)
+        if known is None or self.now() >= known.forget_at:
+            return None
+        return _replay(known, idempotency)
 
     def record(
         self,
@@ -158,23 +168,25 @@ class Transactions:
             return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and admission.tool_names and not dry_run:
-            self._queries.count_calls(row_id, decision.session)
+            self._queries.count_calls(row_id, decision.session.usage)
             if idempotency is not None:
                 self._queries.remember(row_id, idempotency, admission, decision.session)
         return decision
 
-    def close(self, session_id: str) -> Session | Denied:
-        """See `SessionStore.close`."""
+    def change(self, session_id: str, transition: Transition) -> Session | Denied:
+        """See `SessionStore.change`."""
         now = self.now()
         found = self._queries.find(session_id, now)
         if found is None:
             return NO_SESSION
         row_id, session = found
-        if session.closed_at is not None:
-            return already_closed(session)
-        self._queries.close(row_id, now)
-        self._count(opened=-1)
-        return session.with_closed(now)
+        terms = transition(session, now)
+        if isinstance(terms, Denied):
+            return terms
+        self._queries.change(row_id, session.terms, terms)
+        if terms.closed_at is not None and session.terms.closed_at is None:
+            self._count(opened=-1)
+        return session.with_terms(terms, now)
 
     def get(self, session_id: str) -> Session | None:
         """See `SessionStore.get`."""
@@ -233,6 +245,13 @@ class Transactions:
         return Swept(expired_ones, closed_ones, more=left - forgotten <= 0)
 
 
+def _replay(known: Creation, idempotency: CreationKey) -> Admitted | Denied:
+    # Empty: remembered by an older version, which did not keep the digest.
+    if known.request not in {"", idempotency.request}:
+        return KEY_CONFLICT
+    return Admitted(known.session, replayed=True)
+
+
 def _ranges(
     status: SessionStatus | None, start: Cursor, now: int
 ) -> list[tuple[bool, Cursor, int | None]]:
@@ -248,4 +267,4 @@ def _ranges(
 
 
 def _cursor(session: Session) -> Cursor:
-    return Cursor(session.expires_at, session.session_id)
+    return Cursor(session.terms.expires_at, session.session_id)

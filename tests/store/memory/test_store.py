@@ -13,7 +13,7 @@ from app.domain.session import MICROSECONDS
 from app.store.clock import anchored_clock
 from app.store.contract import IdempotencyKey, StoreLimits
 from app.store.memory.store import MemoryStore
-from tests.support import a_batch, a_call, a_grant, opened
+from tests.support import a_batch, a_call, a_grant, close, opened
 
 
 def test_setting_the_wall_clock_does_not_move_the_store(
@@ -71,7 +71,7 @@ async def test_remembered_answers_count_towards_a_slice() -> None:
     session = await opened(store)
     for number in range(25):
         await store.record(session.session_id, a_call(), IdempotencyKey("a", str(number)))
-    await store.close(session.session_id)
+    await close(store, session.session_id)
 
     slices = [await store.cleanup_expired(10) for _ in range(3)]
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
-from app.domain.session import Session
+from app.domain.session import Session, SessionStatus
 from app.store.contract import IdempotencyKey, StoreLimits
 from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl
 from tests.engines import Server
 from tests.faults import FaultProxy, proxied
-from tests.support import a_call, a_grant, new_id, opened
+from tests.support import AGENT, a_call, a_grant, close, create, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -138,43 +140,77 @@ class TestKeys:
     async def test_everything_ends_by_itself(self, server: Server) -> None:
         store = await connected(server.url, retention_secs=100)
         closed = await opened(store, a_grant(time_limit_secs=1000))
-        session = await store.create(new_id(), a_grant(time_limit_secs=50), KEY)
+        session = await create(store, a_grant(time_limit_secs=50), KEY)
         assert isinstance(session, Admitted)
         await store.record(session.session.session_id, a_call(), KEY)
-        await store.close(closed.session_id)
+        await close(store, closed.session_id)
         await store.ping()
         await store.cleanup_expired(10)
         await store.aclose()
 
         lives = {key.decode(): server.client.ttl(key) for key in server.client.scan_iter()}
+        del lives["arbiter:layout"]
 
         assert all(life > 0 for life in lives.values()), lives
         for session_id, life in ((closed.session_id, 100), (session.session.session_id, 150)):
-            own = [each for key, each in lives.items() if f"}}:{session_id}" in key]
-            assert len(own) >= 2
+            own = [each for key, each in lives.items() if key.endswith(session_id)]
+            assert len(own) >= 1
             assert all(life - 5 <= each <= life for each in own)
 
-    async def test_a_session_is_in_the_slot_of_its_first_16_digits(
-        self, server: Server
-    ) -> None:
-        store = await connected(server.url)
-        session = await opened(store)
-        await store.record(session.session_id, a_call(), KEY)
+    async def test_everything_of_an_agent_is_in_one_cell(self, server: Server) -> None:
+        store = await connected(server.url, max_active_sessions_per_agent=9)
+        session = await create(store, a_grant(), KEY)
+        assert isinstance(session, Admitted)
+        await store.record(session.session.session_id, a_call(), KEY)
+        await close(store, (await opened(store)).session_id)
         await store.aclose()
-        tag = session.session_id.replace("-", "")[:16]
+        cell = sha256(AGENT.encode()).hexdigest()[:2]
 
-        keys = server.client.keys(f"*:{session.session_id}*")
+        keys = server.client.keys()
 
-        assert len(keys) == 3
-        assert all(f"{{{tag}}}".encode() in key for key in keys)
+        assert len(keys) >= 8
+        assert session.session.session_id.startswith(cell)
+        assert {key for key in keys if f"{{c{cell}}}".encode() not in key} == {
+            b"arbiter:layout"
+        }
+
+    async def test_a_session_id_is_a_random_uuid(self, server: Server) -> None:
+        store = await connected(server.url)
+        made = {(await opened(store)).session_id for _ in range(50)}
+        await store.aclose()
+
+        assert len(made) == 50
+        assert {uuid.UUID(each).version for each in made} == {4}
+
+
+class TestLayout:
+    async def test_another_version_is_refused(self, server: Server) -> None:
+        server.client.set("arbiter:layout", "3")
+
+        with pytest.raises(StoreUnusable, match="another version of this program"):
+            await connected(server.url)
+
+    async def test_the_first_layout_is_refused(self, server: Server) -> None:
+        server.client.zadd("arbiter:{index}:sessions", {"a": 1})
+
+        with pytest.raises(StoreUnusable, match="another version of this program"):
+            await connected(server.url)
+
+    async def test_its_own_version_is_accepted(self, server: Server) -> None:
+        await (await connected(server.url)).aclose()
+
+        store = await connected(server.url)
+
+        assert server.client.get("arbiter:layout") == b"2"
+        await store.aclose()
 
 
 class TestFailures:
     async def unavailable(self, store: RedisStore, session_id: str) -> None:
         for attempt in (
             store.record(session_id, a_call()),
-            store.create(new_id(), a_grant()),
-            store.close(session_id),
+            create(store),
+            close(store, session_id),
             store.ping(),
         ):
             with pytest.raises(StoreUnavailable):
@@ -206,16 +242,39 @@ class TestFailures:
     async def test_an_engine_out_of_memory(self, server: Server, store: RedisStore) -> None:
         session = await opened(store)
         server.client.config_set("maxmemory", 1)
-        with pytest.raises(StoreUnavailable):
-            await store.record(session.session_id, a_call())
-        await self.unavailable(store, session.session_id)
+        for attempt in (
+            store.record(session.session_id, a_call()),
+            create(store),
+            store.ping(),
+        ):
+            with pytest.raises(StoreUnavailable):
+                await attempt
 
         server.client.config_set("maxmemory", 0)
         await recovered(store)
 
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 1
+        assert decision.session.usage.calls_made == 1
+
+    async def test_an_engine_out_of_memory_can_still_stop_an_agent(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        closing, killed = await opened(store), await opened(store)
+        server.client.config_set("maxmemory", 1)
+
+        closed = await close(store, closing.session_id)
+        number = await store.close_sessions_for_agent(AGENT)
+
+        server.client.config_set("maxmemory", 0)
+        await recovered(store)
+        assert isinstance(closed, Session)
+        assert number == 1
+        for each in (closing, killed):
+            after = await store.get(each.session_id)
+            assert after is not None
+            assert after.status is SessionStatus.CLOSED
+        assert await store.count_active_for_agent(AGENT) == 0
 
     async def test_a_read_only_replica(self, server: Server, store: RedisStore) -> None:
         session = await opened(store)
@@ -249,9 +308,9 @@ class TestFailures:
             *(store.record(session.session_id, a_call()) for _ in range(20))
         )
 
-        assert sorted(each.session.calls_made for each in decisions if each.session) == list(
-            range(2, 22)
-        )
+        assert sorted(
+            each.session.usage.calls_made for each in decisions if each.session
+        ) == list(range(2, 22))
 
 
 class TestNetwork:
@@ -286,7 +345,7 @@ class TestNetwork:
         after = await store.get(session.session_id)
 
         assert after is not None
-        assert after.calls_made == 2
+        assert after.usage.calls_made == 2
 
     async def test_a_retry_by_key_after_a_lost_reply_is_charged_once(
         self, store: RedisStore, proxy: FaultProxy
@@ -303,7 +362,7 @@ class TestNetwork:
 
         assert isinstance(again, Admitted)
         assert again.replayed
-        assert again.session.calls_made == 2
+        assert again.session.usage.calls_made == 2
 
     async def test_a_slow_reply_is_not_waited_for(
         self, store: RedisStore, proxy: FaultProxy
@@ -319,7 +378,7 @@ class TestNetwork:
         # The late reply has reached nobody else.
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 3
+        assert decision.session.usage.calls_made == 3
 
     async def test_a_reset_connection_is_replaced(
         self, store: RedisStore, proxy: FaultProxy
@@ -359,4 +418,4 @@ class TestNetwork:
 
         proxy.delay_secs = 0
         made = [await store.get(session.session_id) for session in sessions]
-        assert answered <= sum(each.calls_made for each in made if each) <= len(asked)
+        assert answered <= sum(each.usage.calls_made for each in made if each) <= len(asked)

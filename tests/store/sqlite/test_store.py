@@ -14,12 +14,13 @@ from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.domain.session import SessionStatus
 from app.store import open_store
+from app.store.codec import to_text
 from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
 from app.store.sqlite.backup import back_up
 from app.store.sqlite.file import Location
 from app.store.sqlite.schema import APPLICATION_ID, MIGRATIONS, migrate
 from app.store.sqlite.store import SqliteStore
-from tests.support import AGENT, ManualClock, a_call, a_grant, new_id, opened
+from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, new_id, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -142,7 +143,7 @@ class TestFile:
         away.rename(taken)
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 1
+        assert decision.session.usage.calls_made == 1
 
     async def test_no_temporary_folder_is_needed(self, store: SqliteStore) -> None:
         in_memory = 2
@@ -251,6 +252,36 @@ class TestSchema:
 
         assert file.read_bytes() == before
 
+    async def test_a_file_of_the_first_version_keeps_its_sessions_and_creations(
+        self, file: Path, clock: ManualClock
+    ) -> None:
+        grant, now = a_grant(call_budget=5), clock.now
+        ids = [new_id(), new_id()]
+        db = sqlite3.connect(file, isolation_level=None)
+        migrate(db, MIGRATIONS[:1])
+        for row_id, session_id in enumerate(ids, start=1):
+            closed_at = now if row_id == 2 else None
+            row = (row_id, session_id, AGENT, now, now + 3_600_000_000, 5, 2, now, 2, closed_at)
+            db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute("INSERT INTO grants VALUES (?, ?)", (row_id, to_text(grant)))
+        first = f'{{"session_id":"{ids[0]}","grant":{to_text(grant)},"created_at":{now}}}'
+        row = ("proxy", "k", now + 1_000_000, first)
+        db.execute("INSERT INTO creations VALUES (?, ?, ?, ?)", row)
+        db.close()
+
+        store = SqliteStore(Location(file, "full"), StoreLimits(), clock)
+        await store.open()
+        active, closed = [await store.get(session_id) for session_id in ids]
+        again = await create(store, grant, IdempotencyKey("proxy", "k"))
+        await store.aclose()
+
+        assert active is not None
+        assert closed is not None
+        assert (active.grant, active.usage.calls_made, active.terms.rev) == (grant, 2, 1)
+        assert (closed.status, closed.terms.rev) == (SessionStatus.CLOSED, 2)
+        assert isinstance(again, Admitted)
+        assert (again.replayed, again.session.session_id) == (True, ids[0])
+
     def test_migrations_run_in_order_and_once(self) -> None:
         db = sqlite3.connect(":memory:", isolation_level=None)
         steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2)"]
@@ -287,8 +318,8 @@ class TestFailingCommits:
         # The creation finds no room, and fails all jobs that share its commit.
         outcomes = await asyncio.gather(
             store.record(session.session_id, a_call()),
-            store.create(new_id(), big),
-            store.close(session.session_id),
+            create(store, big),
+            close(store, session.session_id),
             return_exceptions=True,
         )
 
@@ -296,7 +327,7 @@ class TestFailingCommits:
         database(store).execute("PRAGMA max_page_count = 100000")
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
-        assert decision.session.calls_made == 1
+        assert decision.session.usage.calls_made == 1
         assert await store.count_active() == 1
 
     async def test_counts_are_right_after_a_group_fails_at_its_end(
@@ -306,7 +337,7 @@ class TestFailingCommits:
             raise sqlite3.OperationalError("disk I/O error")
 
         outcomes = await asyncio.gather(
-            store.create(new_id(), a_grant(), IdempotencyKey("a", "b")),
+            create(store, a_grant(), IdempotencyKey("a", "b")),
             store._commits.submit(fail),
             return_exceptions=True,
         )
@@ -320,10 +351,10 @@ class TestFailingCommits:
         database(store).execute(f"PRAGMA max_page_count = {pages}")
         big = a_grant(*[f"tool_{n:0>100}" for n in range(200)])
         with pytest.raises(StoreUnavailable):
-            await store.create(new_id(), big, IdempotencyKey("a", "b"))
+            await create(store, big, IdempotencyKey("a", "b"))
         database(store).execute("PRAGMA max_page_count = 100000")
 
-        made = await store.create(new_id(), big, IdempotencyKey("a", "b"))
+        made = await create(store, big, IdempotencyKey("a", "b"))
 
         assert isinstance(made, Admitted)
         assert not made.replayed
@@ -353,24 +384,26 @@ class TestFailingCommits:
         monkeypatch.undo()
         after = await store.get(session.session_id)
         assert after is not None
-        assert after.calls_made == 0
+        assert after.usage.calls_made == 0
 
     async def test_a_failed_commit_leaves_no_session(
         self, store: SqliteStore, clock: ManualClock
     ) -> None:
         """SQLite gives the row number of a rolled-back session to the next one."""
-        session_id = new_id()
+        ids: list[str] = []
 
         def fill_and_fail() -> None:
-            store._transactions.create(session_id, a_grant("other"), None)
-            store._transactions.get(session_id)
+            created = store._transactions.create(a_grant("other"), None)
+            assert isinstance(created, Admitted)
+            ids.append(created.session.session_id)
+            store._transactions.get(ids[0])
             raise sqlite3.OperationalError("disk I/O error")
 
         with pytest.raises(StoreUnavailable):
             await store._commits.submit(fill_and_fail)
         session = await opened(store, a_grant("mine"))
 
-        assert await store.get(session_id) is None
+        assert await store.get(ids[0]) is None
         assert (await store.get(session.session_id)) == session
 
 
@@ -383,14 +416,14 @@ class TestCost:
         db.set_trace_callback(statements.add)
         key = IdempotencyKey("a", "b")
         session = await opened(store)
-        await store.create(new_id(), a_grant(), key)
+        await create(store, a_grant(), key)
         await store.record(session.session_id, a_call(), key)
         for status in (None, *SessionStatus):
             for agent_id in (None, AGENT):
                 await store.list_all(SessionFilter(agent_id, status), limit=1)
         await store.count_active()
         await store.count_active_for_agent(AGENT)
-        await store.close(session.session_id)
+        await close(store, session.session_id)
         await store.close_sessions_for_agent(AGENT)
         clock.advance(10**6)
         await store.cleanup_expired(100)
@@ -441,7 +474,7 @@ class TestBackup:
         assert before is not None
         assert after is not None
         assert found is not None
-        assert before.calls_made <= found.calls_made <= after.calls_made
+        assert before.usage.calls_made <= found.usage.calls_made <= after.usage.calls_made
 
     async def test_a_backup_never_overwrites_a_file(
         self, store: SqliteStore, file: Path
@@ -480,7 +513,7 @@ async def test_remembered_answers_count_towards_a_slice(store: SqliteStore) -> N
     session = await opened(store)
     for number in range(25):
         await store.record(session.session_id, a_call(), IdempotencyKey("a", str(number)))
-    await store.close(session.session_id)
+    await close(store, session.session_id)
 
     slices = [await store.cleanup_expired(10) for _ in range(3)]
 

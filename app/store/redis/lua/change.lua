@@ -1,0 +1,26 @@
+-- Replace the terms of a session, if they still have the revision that the change was made for.
+-- KEYS  clock, session
+-- ARGV  prefix, now, session id, revision before, new terms as packed, grant as text, retention
+--       in milliseconds, then exact tool names
+-- Returns {'changed', usage}, {'moved'} if the revision is another one, or {'session_not_found'}.
+
+local id, key = ARGV[3], KEYS[2]
+local before, raw = load(key)
+if not before then
+  return {'session_not_found'}
+end
+if before.rev ~= tonumber(ARGV[4]) then
+  return {'moved'}
+end
+local session = {}
+unpack_terms(session, ARGV[5])
+local fields = {'t', ARGV[5], 'g', ARGV[6], 'u', raw[2]}
+for i = 8, #ARGV do
+  fields[#fields + 1] = '=' .. ARGV[i]
+  fields[#fields + 1] = ''
+end
+-- The first write takes no memory, so the engine lets the script finish even when it is out of it.
+redis.call('DEL', key)
+redis.call('HSET', key, unpack(fields))
+index(id, session, tonumber(ARGV[7]))
+return {'changed', raw[2]}

@@ -1,0 +1,35 @@
+-- Remove sessions of a cell that ended long enough ago, and creations to be forgotten.
+-- KEYS  clock
+-- ARGV  prefix, now, retention in microseconds, most to remove
+-- Returns {expired, closed, creations}.
+
+local cutoff, left = whole(now - tonumber(ARGV[3])), tonumber(ARGV[4])
+local removed = {0, 0, 0}
+
+local function due(name, until_)
+  return redis.call('ZRANGEBYSCORE', PREFIX .. name, '-inf', until_, 'LIMIT', 0, left)
+end
+
+for which, name in ipairs({'open', 'closed', 'closings'}) do
+  if left > 0 then
+    for _, entry in ipairs(due(name, cutoff)) do
+      local id, agent = entry:sub(1, ID_CHARS), entry:sub(ID_CHARS + 1)
+      redis.call('UNLINK', session_key(id), PREFIX .. 'replays:' .. id)
+      for _, index in ipairs({'open', 'closed', 'closings'}) do
+        redis.call('ZREM', PREFIX .. index, entry)
+      end
+      redis.call('ZREM', PREFIX .. 'open:' .. agent, id)
+      redis.call('ZREM', PREFIX .. 'closed:' .. agent, id)
+      local kind = which == 1 and 1 or 2
+      removed[kind], left = removed[kind] + 1, left - 1
+    end
+  end
+end
+if left > 0 then
+  for _, key in ipairs(due('creations', whole(now))) do
+    redis.call('UNLINK', key)
+    redis.call('ZREM', PREFIX .. 'creations', key)
+    removed[3] = removed[3] + 1
+  end
+end
+return removed
