@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from hiredis import pack_command
 from redis.asyncio import RedisCluster
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -58,6 +60,7 @@ _REASONS: list[tuple[type[Exception], str]] = [
     (AuthorizationError, "the user may not do this"),
     (BusyLoadingError, "it is still loading its data"),
     (TooSlow, "it did not answer in time"),
+    (MasterNotFoundError, "no sentinel answers that knows a living primary of this name"),
     (CannotConnect, "there is no connection to it"),
     (OutOfMemoryError, "it is out of memory"),
     (ReadOnlyError, "it is a read-only replica"),
@@ -68,6 +71,8 @@ _REASONS: list[tuple[type[Exception], str]] = [
 
 def reason(error: Exception) -> str:
     """Why the engine cannot be used, for an operator. Without data of requests."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "its certificate is for another host, or from a CA that SSL_CERT_FILE must name"
     for kind, text in _REASONS:
         if isinstance(error, kind):
             return text
@@ -143,11 +148,16 @@ class ScriptClient:
         try:
             await self._check()
         except _ERRORS as error:
-            await self._client.aclose()
+            await self._disconnect()
             raise StoreUnusable(f"cannot use {self._url}: {reason(error)}") from error
         except StoreUnusable as error:
-            await self._client.aclose()
+            await self._disconnect()
             raise StoreUnusable(f"cannot use {self._url}: {error}") from None
+
+    async def _disconnect(self) -> None:
+        # With TLS, an engine that hangs never confirms the end of a connection.
+        with suppress(*_ERRORS):
+            await self._client.aclose()
 
     async def _check(self) -> None:
         if isinstance(self._client, RedisCluster):
@@ -168,7 +178,7 @@ class ScriptClient:
         """Wait for what is under way, and disconnect."""
         while under_way := self._sending | ({self._looking} if self._looking else set()):
             await asyncio.wait(under_way)
-        await self._client.aclose()
+        await self._disconnect()
         # Connections that were given up at once are closed in the next turn.
         await asyncio.sleep(0)
 

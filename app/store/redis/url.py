@@ -14,6 +14,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from typing_extensions import override
 
 Client = Redis | RedisCluster
 
@@ -114,7 +115,9 @@ class RedisUrl:
                 ssl=self.tls,
                 **common,
             )
-            primary: Redis = sentinel.master_for(self.service, max_connections=CONNECTIONS)
+            primary: Redis = sentinel.master_for(
+                self.service, _BehindSentinels, max_connections=CONNECTIONS
+            )
             return primary
         ((host, port),) = self.hosts
         if self.tls:
@@ -128,6 +131,18 @@ class RedisUrl:
             **common,
         )
         return Redis.from_pool(pool)
+
+
+class _BehindSentinels(Redis):
+    """A primary that sentinels name. Closing it also closes the connections to them."""
+
+    @override
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        pool: Any = self.connection_pool
+        try:
+            await super().aclose(close_connection_pool)
+        finally:
+            await pool.sentinel_manager.aclose()
 
 
 @dataclass(frozen=True, slots=True, repr=False)

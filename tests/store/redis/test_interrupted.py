@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 KEY = IdempotencyKey("proxy", "key-1")
 CAP = 2
-LIMITS = StoreLimits(max_active_sessions_per_agent=CAP, retention_secs=20)
+LIMITS = StoreLimits(max_active_sessions_per_agent=CAP, retention_secs=300)
 
 Replicas = tuple[RedisStore, RedisStore]
 
