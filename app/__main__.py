@@ -21,7 +21,7 @@ from uvicorn.supervisors import Multiprocess
 from app import __version__
 from app.domain.errors import StoreUnusable
 from app.http.auth import Scope, new_key
-from app.main import create_app, create_framework
+from app.main import create_app
 from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
 from app.settings import BadSettings, Settings, load_settings
@@ -142,7 +142,7 @@ def _config(_: argparse.Namespace) -> int:
 
 
 def _openapi(_: argparse.Namespace) -> int:
-    print(json.dumps(create_framework(Settings.model_construct()).openapi(), indent=2))
+    print(json.dumps(create_app(Settings.model_construct()).framework.openapi(), indent=2))
     return 0
 
 

@@ -16,14 +16,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp
 
 from app import __version__
-from app.api.application import build_application
-from app.api.fast_lane import FastLane
+from app.api.application import Services, build_application
 from app.domain.errors import Unusable
 from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
+from app.http.dispatch import Dispatcher
 from app.observability.audit import AuditLog, reopen_on_sighup
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
@@ -40,15 +39,8 @@ from app.store.contract import SessionStore, StoreLimits
 from app.sweeper import Sweeper
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """Build the service that `settings` describe."""
-    framework = create_framework(settings)
-    # In front of FastAPI rather than in its middleware stack, which would double the cost.
-    return FastLane(framework) if settings.fast_lane else framework
-
-
-def create_framework(settings: Settings, store: SessionStore | None = None) -> FastAPI:
-    """Build the service without its fast lane, over `store` if given. The application opens
+def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatcher:
+    """Build the service that `settings` describe, over `store` if given. The application opens
     the store when it starts and closes it when it stops."""
     more = [add_trace_ids] if tracing_enabled() else []
     configure_logs(settings.log_format, settings.log_level, *more)
@@ -108,7 +100,8 @@ def create_framework(settings: Settings, store: SessionStore | None = None) -> F
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    return build_application(service, authenticator, shared_metrics, lifespan, tracing)
+    services = Services(service, authenticator, shared_metrics)
+    return build_application(services, lifespan, tracing)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The use cases. Both lanes of the HTTP API call these and nothing below them.
+"""The use cases. The HTTP API calls these and nothing below them.
 
 A denial is returned as a value. Exceptions come from `app.domain.errors` and mean that the
 service could not decide.

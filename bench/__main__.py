@@ -54,7 +54,6 @@ def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
             "bare ASGI": stack.enter_context(peer("bare_asgi", scratch)),
             "naive FastAPI": stack.enter_context(peer("naive_fastapi", scratch)),
             "Arbiter": fast,
-            "Arbiter, no fast lane": stack.enter_context(ours(scratch, fast_lane=False)),
             AUDITED: stack.enter_context(
                 ours(scratch, ARBITER_AUDIT_LOG=str(scratch / "audit.log"))
             ),

@@ -12,11 +12,10 @@ from pathlib import Path
 import uvicorn
 
 from app.__main__ import server_config
-from app.api.fast_lane import FastLane
 from app.domain.admission import Admitted
 from app.domain.session import Grant
 from app.domain.tools import AllowList
-from app.main import create_framework
+from app.main import create_app
 from app.settings import load_settings
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
@@ -56,8 +55,7 @@ def main() -> None:
     ids = asyncio.run(fill(store, sessions))
     asked = random.sample(ids, min(sessions, ASKED))
     paths.write_text("".join(f"/sessions/{each}/calls\n" for each in asked))
-    framework = create_framework(settings, store)
-    app = FastLane(framework) if settings.fast_lane else framework
+    app = create_app(settings, store)
     config = server_config(app, settings)
     config.port = settings.port
     uvicorn.Server(config).run()

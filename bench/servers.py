@@ -76,9 +76,7 @@ def peer(name: str, scratch: Path) -> Iterator[Target]:
 
 
 @contextmanager
-def ours(
-    scratch: Path, *, sessions: int = 1, fast_lane: bool = True, **variables: str
-) -> Iterator[Target]:
+def ours(scratch: Path, *, sessions: int = 1, **variables: str) -> Iterator[Target]:
     """Run the service with production defaults and a key, over a store with sessions."""
     port = free_port()
     key, token = new_key("gate", Scope.PROXY)
@@ -87,7 +85,6 @@ def ours(
         ["-m", "bench.filled", str(sessions), str(paths)],
         port,
         "/readyz",
-        ARBITER_FAST_LANE=str(fast_lane).lower(),
         **_settings(port, str(key), "memory://"),
         **variables,
     ):

@@ -1,4 +1,4 @@
-"""The fixtures that run one suite over every store and both lanes."""
+"""The fixtures that run one suite over every store."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from app.api.fast_lane import FastLane
-from app.main import create_framework
+from app.main import create_app
 from app.settings import Settings
 from app.store.clock import Clock
 from app.store.contract import SessionStore, StoreLimits
@@ -69,8 +67,6 @@ STORES: dict[str, Callable[[StoreLimits, Clock, Path], SessionStore]] = {
 
 HTTP_STORES = ["memory", "sqlite", "redis"]
 """The stores that HTTP is tested over. A cluster differs only below the contract."""
-
-LANES = {"framework": False, "fast": True}
 
 DURABLE = ["sqlite", "redis", "cluster"]
 """Backends that outlive the process: a new store in the same folder has the old sessions."""
@@ -191,34 +187,31 @@ class Api:
 MakeApi = Callable[..., Awaitable[Api]]
 
 
-@pytest.fixture(params=product(HTTP_STORES, LANES), ids="-".join)
+@pytest.fixture(params=HTTP_STORES)
 async def make_api(
     request: pytest.FixtureRequest,
     clock: ManualClock,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[MakeApi]:
-    """Start the application with the given settings, over every store and lane; stop it
+    """Start the application with the given settings, over every store; stop it
     after the test."""
-    backend, lane = request.param
+    backend = request.param
     # It would scan every object of the test run each time, which adds up to minutes.
     monkeypatch.setattr("app.main.short_pauses", nullcontext)
     async with AsyncExitStack() as stack:
 
         async def make(*, store: SessionStore | None = None, **settings: Any) -> Api:
-            defaults = {"fast_lane": LANES[lane], "log_format": "json"}
-            chosen = Settings(_env_file=None, **(defaults | settings))
+            chosen = Settings(_env_file=None, **({"log_format": "json"} | settings))
             limits = StoreLimits(
                 chosen.retention_secs,
                 chosen.max_sessions,
                 chosen.max_active_sessions_per_agent,
             )
             folder = tmp_path_factory.mktemp("store")
-            framework = create_framework(
-                chosen, store or STORES[backend](limits, clock, folder)
-            )
+            app = create_app(chosen, store or STORES[backend](limits, clock, folder))
+            framework = app.framework
             await stack.enter_async_context(framework.router.lifespan_context(framework))
-            app = FastLane(framework) if chosen.fast_lane else framework
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
             await stack.enter_async_context(client)

@@ -61,12 +61,12 @@ def received_on(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def running(**variables: str) -> Iterator[Service]:
+def running(*command: str, **variables: str) -> Iterator[Service]:
     """Run the service: start it, wait until it is ready, and kill it at the end."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ARBITER_")}
     environment |= {"ARBITER_PORT": "0", "ARBITER_LOG_FORMAT": "json"} | variables
     process = subprocess.Popen(
-        [sys.executable, "-m", "app"],
+        [sys.executable, *(command or ("-m", "app"))],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.PIPE,
@@ -74,7 +74,7 @@ def running(**variables: str) -> Iterator[Service]:
         start_new_session=True,
     )
     service = Service(process)
-    ready = threading.Event()
+    started = threading.Event()
 
     def read() -> None:
         assert process.stderr is not None
@@ -82,14 +82,17 @@ def running(**variables: str) -> Iterator[Service]:
             service.log.append(line)
             if not service.url and (address := ADDRESS.search(line)):
                 service.url = address[1]
-                ready.set()
-        ready.set()
+                started.set()
+        started.set()
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(START_SECS), "the service did not start"
-        assert httpx.get(f"{service.url}/readyz", timeout=START_SECS).status_code == 200
+        assert started.wait(START_SECS), "the service did not start"
+        # uvicorn itself logs the address before it listens.
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:
+            ready = client.get(f"{service.url}/readyz", timeout=START_SECS)
+        assert ready.status_code == 200
         yield service
     finally:
         # The whole process group: workers would outlive their parent.

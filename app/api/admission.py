@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter
 
 from app.api.dependencies import DryRun, Idempotency, Minimal, RequestActor, Service, SessionId
 from app.api.encode import admitted_response, denied_response
@@ -20,7 +20,9 @@ from app.api.problem_types import (
 from app.api.schemas import RecordBatch, RecordCall, Session
 from app.domain.admission import Admitted, Denied
 from app.http.auth import Scope
-from app.http.route import StrictRoute, allow, to_starlette
+from app.http.request import StrictRequest
+from app.http.response import RawResponse
+from app.http.route import StrictRoute, allow
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -42,11 +44,11 @@ _ADMISSION = problem_responses(
 
 
 def _decision_response(
-    request: Request, decision: Admitted | Denied, *, minimal: bool
-) -> Response:
+    request: StrictRequest, decision: Admitted | Denied, *, minimal: bool
+) -> RawResponse:
     if isinstance(decision, Denied):
-        return to_starlette(denied_response(decision, request.state.request_id))
-    return to_starlette(admitted_response(decision, minimal=minimal))
+        return denied_response(decision, request.request_id)
+    return admitted_response(decision, minimal=minimal)
 
 
 @router.post(
@@ -60,7 +62,7 @@ def _decision_response(
 )
 async def record_call(
     *,
-    request: Request,
+    request: StrictRequest,
     session_id: SessionId,
     body: RecordCall,
     service: Service,
@@ -68,7 +70,7 @@ async def record_call(
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
-) -> Response:
+) -> RawResponse:
     """Decide whether the session may call this tool now and, if so, count the call."""
     decision = await service.record_call(
         session_id,
@@ -93,7 +95,7 @@ async def record_call(
 )
 async def record_batch(
     *,
-    request: Request,
+    request: StrictRequest,
     session_id: SessionId,
     body: RecordBatch,
     service: Service,
@@ -101,7 +103,7 @@ async def record_batch(
     idempotency: Idempotency,
     minimal: Minimal,
     dry_run: DryRun = False,
-) -> Response:
+) -> RawResponse:
     """Decide whether the session may make all of these calls now and, if so, count them."""
     decision = await service.record_batch(
         session_id,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
 from pydantic_core import to_json
 
 from app.api.dependencies import AgentId, RequestActor, Service
 from app.api.openapi import ALWAYS, problem_responses
 from app.api.schemas import Agent, AgentSessionsClosed
 from app.http.auth import Scope
-from app.http.response import json_response
-from app.http.route import StrictRoute, allow, to_starlette
+from app.http.response import RawResponse, json_response
+from app.http.route import StrictRoute, allow
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -24,12 +24,10 @@ router = APIRouter(route_class=StrictRoute)
     responses=problem_responses(*ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
-async def get_agent(agent_id: AgentId, service: Service) -> Response:
+async def get_agent(agent_id: AgentId, service: Service) -> RawResponse:
     """Return the number of the agent's active sessions, which is 0 for an unknown agent."""
     active = await service.count_active_sessions(agent_id)
-    return to_starlette(
-        json_response(200, to_json({"agent_id": agent_id, "active_sessions": active}), [])
-    )
+    return json_response(200, to_json({"agent_id": agent_id, "active_sessions": active}), [])
 
 
 @router.delete(
@@ -43,9 +41,7 @@ async def get_agent(agent_id: AgentId, service: Service) -> Response:
 )
 async def close_agent_sessions(
     agent_id: AgentId, service: Service, actor: RequestActor
-) -> Response:
+) -> RawResponse:
     """The kill switch: close all active sessions of the agent in one step."""
     closed = await service.close_agent_sessions(agent_id, actor)
-    return to_starlette(
-        json_response(200, to_json({"agent_id": agent_id, "closed": closed}), [])
-    )
+    return json_response(200, to_json({"agent_id": agent_id, "closed": closed}), [])

@@ -1,33 +1,27 @@
-"""The FastAPI application: routes, middleware, and the conversion of errors to problems."""
+"""The application: FastAPI with all routes, and the dispatcher in front of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from opentelemetry.trace import TracerProvider
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from app import __version__
 from app.api import admission, agents, operations, sessions
 from app.api.openapi import build_document
-from app.domain.errors import ArbiterError
 from app.http.auth import Authenticator
-from app.http.middleware import RequestMiddleware
-from app.http.problems import (
-    METHOD_NOT_ALLOWED,
-    NOT_FOUND,
-    Refused,
-    error_response,
-    invalid_fields,
-    refused_response,
-)
+from app.http.dispatch import Dispatcher, StartSpan
+from app.http.problems import METHOD_NOT_ALLOWED, NOT_FOUND, Refused, refused_response
 from app.http.route import to_starlette
+from app.observability.tracing import end_with, server_span
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
 
@@ -38,18 +32,22 @@ _ROUTERS = (sessions.router, admission.router, agents.router, operations.router)
 _UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
 """Paths that machines request all the time."""
 
-MAX_FIELD_ERRORS = 20
-"""Maximum number of field errors in one response."""
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What routes work with."""
+
+    service: SessionService
+    authenticator: Authenticator
+    metrics: SharedMetrics
 
 
 def build_application(
-    service: SessionService,
-    authenticator: Authenticator,
-    metrics: SharedMetrics,
+    services: Services,
     lifespan: Lifespan | None = None,
     tracing: TracerProvider | None = None,
-) -> FastAPI:
-    """Build the FastAPI application that serves `service`."""
+) -> Dispatcher:
+    """Build the ASGI application."""
     app = FastAPIOffline(
         title="Arbiter",
         version=__version__,
@@ -67,18 +65,10 @@ def build_application(
             "exclude": lambda scope: scope.get("path") in _UNTRACED,
         },
     )
-    app.state.tracing = tracing
-    app.state.service = service
-    app.state.authenticator = authenticator
-    app.state.metrics = metrics.own
-    app.state.shared_metrics = metrics
+    app.state.services = services
     for router in _ROUTERS:
         app.include_router(router)
-    for kind in (Refused, ArbiterError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _on_error)
-    app.add_middleware(
-        RequestMiddleware, authenticator=authenticator, observe=metrics.own.observe_request
-    )
+    app.add_exception_handler(HTTPException, _on_error)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -86,20 +76,33 @@ def build_application(
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
-    return app
+    return Dispatcher(
+        app,
+        [route for router in _ROUTERS for route in router.routes],
+        services.authenticator,
+        services.metrics.own.observe_request,
+        None if tracing is None else _spans(tracing),
+    )
+
+
+def _spans(tracing: TracerProvider) -> StartSpan:
+    """Spans like those that FastAPI makes of the requests it serves."""
+    tracer = tracing.get_tracer("arbiter", __version__)
+
+    @contextmanager
+    def start(method: str, route: str, scope: Scope) -> Iterator[Callable[[int], None]]:
+        if route in _UNTRACED:
+            yield lambda _: None
+            return
+        with server_span(tracer, method, route, scope) as span:
+            yield lambda status: end_with(span, status)
+
+    return start
 
 
 def _on_error(request: Request, error: Exception) -> Response:
-    """Return the problem for an error. Raises `error` itself if it is a defect."""
-    request_id = request.state.request_id
+    """Return the problem for a path that no route takes. Raises `error` if it is a defect."""
     match error:
-        case ArbiterError():
-            return to_starlette(error_response(error, request_id))
-        case Refused():
-            refused = error
-        case RequestValidationError():
-            errors = [_field_error(each) for each in error.errors()[:MAX_FIELD_ERRORS]]
-            refused = invalid_fields(errors)
         case HTTPException(status_code=404):
             refused = Refused(NOT_FOUND)
         case HTTPException(status_code=405):
@@ -107,17 +110,7 @@ def _on_error(request: Request, error: Exception) -> Response:
             refused = Refused(METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
         case _:
             raise error
-    return to_starlette(refused_response(refused, request_id))
-
-
-def _field_error(error: dict[str, Any]) -> dict[str, str]:
-    """Return where and why a field is invalid, without the input. The name of an unknown field
-    is input too."""
-    location, *path = map(str, error["loc"])
-    detail = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        path, detail = path[:-1], "has an unknown field; /docs lists the fields"
-    return {"in": location, "field": "/".join(path), "detail": detail}
+    return to_starlette(refused_response(refused, request.state.request_id))
 
 
 def _allowed_methods(request: Request) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Header, Path, Query, Request
+from fastapi import Depends, Header, Path, Query
 from pydantic import BeforeValidator, Field
 
 from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE, canonical_uuid
 from app.http.headers import idempotency_key, wants_minimal
 from app.http.problems import invalid_field
+from app.http.request import StrictRequest
 from app.observability.audit import Actor
 from app.service import SessionService
 from app.store.contract import IdempotencyKey
@@ -31,13 +32,13 @@ def _digits(value: Any) -> Any:
     return value
 
 
-# Coroutines, although none awaits: FastAPI would run plain functions in threads.
-async def _service(request: Request) -> SessionService:
-    service: SessionService = request.app.state.service
+# Header parameters are documentation: what a header means is read from the request.
+def _service(request: StrictRequest) -> SessionService:
+    service: SessionService = request.services.service
     return service
 
 
-async def _session_id(
+def _session_id(
     session_id: Annotated[
         str,
         Path(
@@ -52,7 +53,7 @@ async def _session_id(
     return session_id
 
 
-async def _agent_id(
+def _agent_id(
     agent_id: Annotated[
         str,
         Path(
@@ -68,8 +69,12 @@ async def _agent_id(
         raise invalid_field("path", "agent_id", str(error)) from None
 
 
-async def _idempotency(
-    request: Request,
+def _problem_code(code: Annotated[str, Path()]) -> str:
+    return code
+
+
+def _idempotency(
+    request: StrictRequest,
     _: Annotated[
         str | None,
         Header(
@@ -79,25 +84,26 @@ async def _idempotency(
         ),
     ] = None,
 ) -> IdempotencyKey | None:
-    key = idempotency_key(request.headers.getlist("idempotency-key"))
-    return None if key is None else IdempotencyKey(request.state.caller.name, key)
+    key = idempotency_key(request.header_texts(b"idempotency-key"))
+    return None if key is None else IdempotencyKey(request.caller.name, key)
 
 
-async def _minimal(
-    request: Request,
+def _minimal(
+    request: StrictRequest,
     _: Annotated[
         str | None,
         Header(alias="Prefer", description="return=minimal asks for 204 without a body."),
     ] = None,
 ) -> bool:
-    return wants_minimal(request.headers.getlist("prefer"))
+    return wants_minimal(request.header_texts(b"prefer"))
 
 
-async def _actor(request: Request) -> Actor:
-    return Actor(request.state.caller.name, request.state.request_id)
+def _actor(request: StrictRequest) -> Actor:
+    return Actor(request.caller.name, request.request_id)
 
 
 RequestActor = Annotated[Actor, Depends(_actor)]
+ProblemCodeInPath = Annotated[str, Depends(_problem_code)]
 Service = Annotated[SessionService, Depends(_service)]
 SessionId = Annotated[str, Depends(_session_id)]
 AgentId = Annotated[str, Depends(_agent_id)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse, RedirectResponse
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from app.api.dependencies import ProblemCodeInPath
 from app.api.openapi import problem_responses
 from app.api.problem_types import PROBLEM_TYPES
 from app.api.schemas import Health
@@ -21,8 +22,9 @@ from app.http.problems import (
     UNAUTHENTICATED,
     Refused,
 )
-from app.http.response import json_response
-from app.http.route import PUBLIC, StrictRoute, allow, to_starlette
+from app.http.request import StrictRequest
+from app.http.response import RawResponse, json_response
+from app.http.route import PUBLIC, StrictRoute, allow
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -39,9 +41,9 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
     response_model=Health,
     openapi_extra=PUBLIC,
 )
-async def livez() -> Response:
+async def livez() -> RawResponse:
     """Check that the process is running. No key is needed."""
-    return to_starlette(_OK)
+    return _OK
 
 
 @router.get(
@@ -52,11 +54,11 @@ async def livez() -> Response:
     responses=_UNAVAILABLE,
     openapi_extra=PUBLIC,
 )
-async def readyz(request: Request) -> Response:
+async def readyz(request: StrictRequest) -> RawResponse:
     """Check that requests can be served: the store responds, and this process is not shutting
     down. No key is needed."""
-    await request.app.state.service.ready()
-    return to_starlette(_OK)
+    await request.services.service.ready()
+    return _OK
 
 
 @router.get(
@@ -67,7 +69,7 @@ async def readyz(request: Request) -> Response:
     responses=_UNAVAILABLE,
     openapi_extra=PUBLIC,
 )
-async def healthz(request: Request) -> Response:
+async def healthz(request: StrictRequest) -> RawResponse:
     """The same as /readyz, under its older name. No key is needed."""
     return await readyz(request)
 
@@ -77,30 +79,40 @@ async def healthz(request: Request) -> Response:
     operation_id="metrics",
     tags=["operations"],
     response_class=PlainTextResponse,
+    response_model=None,
     responses=problem_responses(UNAUTHENTICATED, INSUFFICIENT_SCOPE),
     openapi_extra=allow(Scope.OPERATE),
 )
-async def metrics(request: Request) -> Response:
+async def metrics(request: StrictRequest) -> RawResponse:
     """Return metrics in the text format of Prometheus, even while the store is unavailable."""
-    state = request.app.state
+    services = request.services
     try:
-        active = await state.service.count_active()
+        active = await services.service.count_active()
     except StoreUnavailable:
         active = None
-    text = state.shared_metrics.render(active)
-    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+    return _text(services.metrics.render(active), CONTENT_TYPE_LATEST)
 
 
-@router.get("/", include_in_schema=False, openapi_extra=PUBLIC)
-async def root() -> Response:
+@router.get("/", include_in_schema=False, response_model=None, openapi_extra=PUBLIC)
+async def root() -> RawResponse:
     """Redirect to the documentation, for people who open the address from the log."""
-    return RedirectResponse("/docs")
+    return RawResponse(307, [(b"location", b"/docs"), (b"content-length", b"0")])
 
 
-@router.get("/problems/{code}", include_in_schema=False, openapi_extra=PUBLIC)
-async def problem_page(code: str) -> Response:
+@router.get(
+    "/problems/{code}", include_in_schema=False, response_model=None, openapi_extra=PUBLIC
+)
+async def problem_page(code: ProblemCodeInPath) -> RawResponse:
     """Explain a problem code and what to do about it."""
     kind = PROBLEM_TYPES.get(code)
     if kind is None:
         raise Refused(NOT_FOUND)
-    return PlainTextResponse(kind.explain())
+    return _text(kind.explain().encode(), "text/plain; charset=utf-8")
+
+
+def _text(body: bytes, content_type: str) -> RawResponse:
+    headers = [
+        (b"content-type", content_type.encode()),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    return RawResponse(200, headers, body)

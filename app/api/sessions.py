@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query
 
 from app.api.dependencies import (
     DEFAULT_PAGE,
@@ -33,8 +33,9 @@ from app.domain.admission import Denied
 from app.domain.session import SessionStatus
 from app.http.auth import Scope
 from app.http.problems import SESSION_LIMIT_REACHED
-from app.http.response import json_response
-from app.http.route import StrictRoute, allow, to_starlette
+from app.http.request import StrictRequest
+from app.http.response import RawResponse, json_response
+from app.http.route import StrictRoute, allow
 from app.store.contract import SessionFilter
 
 router = APIRouter(route_class=StrictRoute)
@@ -54,12 +55,12 @@ _CREATION = problem_responses(*WITH_BODY, TOO_MANY_SESSIONS, *ALWAYS, SESSION_LI
     openapi_extra=allow(Scope.PROXY),
 )
 async def create_session(
-    request: Request,
+    request: StrictRequest,
     body: CreateSession,
     service: Service,
     actor: RequestActor,
     idempotency: Idempotency,
-) -> Response:
+) -> RawResponse:
     """Issue a session for one agent and one task. Its terms cannot be changed later."""
     decision = await service.create_session(
         body.to_grant(),
@@ -68,8 +69,8 @@ async def create_session(
         idempotency=idempotency,
     )
     if isinstance(decision, Denied):
-        return to_starlette(denied_response(decision, request.state.request_id))
-    return to_starlette(created_response(decision))
+        return denied_response(decision, request.request_id)
+    return created_response(decision)
 
 
 @router.get(
@@ -93,12 +94,12 @@ async def list_sessions(
     cursor: Annotated[
         str | None, Query(description="next_cursor of the previous page.")
     ] = None,
-) -> Response:
+) -> RawResponse:
     """List sessions in the order of their deadlines. Ended ones stay until they are swept."""
     page = await service.list_sessions(
         SessionFilter(agent_id, status), limit=limit, cursor=cursor
     )
-    return to_starlette(page_response(page))
+    return page_response(page)
 
 
 @router.get(
@@ -110,12 +111,12 @@ async def list_sessions(
     responses=problem_responses(SESSION_NOT_FOUND, *ALWAYS),
     openapi_extra=allow(Scope.PROXY, Scope.OPERATE),
 )
-async def get_session(session_id: SessionId, service: Service) -> Response:
+async def get_session(session_id: SessionId, service: Service) -> RawResponse:
     """Return the session as it is now. Reading it changes nothing."""
     session = await service.get_session(session_id)
     if session is None:
         raise session_not_found()
-    return to_starlette(json_response(200, encode_session(session), []))
+    return json_response(200, encode_session(session), [])
 
 
 @router.delete(
@@ -128,10 +129,10 @@ async def get_session(session_id: SessionId, service: Service) -> Response:
     openapi_extra=allow(Scope.OPERATE),
 )
 async def close_session(
-    request: Request, session_id: SessionId, service: Service, actor: RequestActor
-) -> Response:
+    request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
+) -> RawResponse:
     """Close a session for good, even an expired one. Closing it twice is a conflict."""
     outcome = await service.close_session(session_id, actor)
     if isinstance(outcome, Denied):
-        return to_starlette(denied_response(outcome, request.state.request_id))
-    return to_starlette(json_response(200, encode_session(outcome), []))
+        return denied_response(outcome, request.request_id)
+    return json_response(200, encode_session(outcome), [])

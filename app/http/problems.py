@@ -5,12 +5,14 @@ The codes about sessions are in `app.api.problem_types`.
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+import structlog
 from pydantic_core import to_json
 
-from app.domain.errors import ArbiterError, InvalidField, TransientError
+from app.domain.errors import ArbiterError, InvalidField, ShuttingDown, TransientError
 from app.http.response import Headers, RawResponse
 
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
@@ -247,6 +249,24 @@ def invalid_field(location: str, field: str, detail: str) -> Refused:
 def invalid_fields(errors: list[dict[str, str]]) -> Refused:
     """Return the refusal of a request with invalid fields."""
     return Refused(VALIDATION_FAILED, members={"errors": errors})
+
+
+Failure = (Exception, asyncio.CancelledError)
+"""What ends a request without a response. Only the server cancels, when it stops and the time
+for requests in flight is over."""
+
+
+def failed_response(error: BaseException, request_id: str) -> RawResponse:
+    """Return the response to a request that ended with `error`, a `Failure`. Defects are
+    logged."""
+    if isinstance(error, Refused):
+        return refused_response(error, request_id)
+    if isinstance(error, asyncio.CancelledError):
+        error = ShuttingDown()
+    if isinstance(error, ArbiterError):
+        return error_response(error, request_id)
+    structlog.get_logger("arbiter").exception("request failed", request_id=request_id)
+    return refused_response(Refused(INTERNAL_ERROR), request_id)
 
 
 def refused_response(refused: Refused, request_id: str) -> RawResponse:

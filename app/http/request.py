@@ -1,16 +1,23 @@
-"""Strict reading of requests: content type, content encoding, body and query.
+"""Reading a request in the one way it can be meant.
 
-FastAPI accepts NaN, other encodings and duplicate keys, of which the last one wins. Two parsers
-could understand such a request differently.
+FastAPI's own parsing takes the last of duplicate keys, NaN, other encodings and several
+spellings of one id, so that two readers of a request could understand two different things.
+Handlers get a `StrictRequest`, which reads each part once.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import parse_qsl
 
+import jiter
 from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
+from app.http.auth import Caller
 from app.http.problems import (
     MALFORMED_JSON,
     PAYLOAD_TOO_LARGE,
@@ -21,50 +28,92 @@ from app.http.problems import (
 
 MAX_BODY_BYTES = 65_536
 
+_PLACE = re.compile(r" at (line \d+ column \d+)$")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 class StrictRequest(Request):
-    """A request whose body is parsed strictly."""
+    """A request as handlers see it. FastAPI recognises the type and passes it on."""
 
-    async def load_body(self) -> None:
-        """Read and parse the body. Raises `Refused`."""
-        check_content_type(self.headers.getlist("content-type"))
-        check_content_encoding(self.headers.getlist("content-encoding"))
-        self._body = await self._read()
-        if not self._body and "upgrade" in self.headers:
-            raise _malformed(
-                "The body could not be read. Send the request without an Upgrade header "
-                "(curl: --http1.1)."
-            )
-        self._json = parse_json(self._body)
+    caller: Caller
+    """Who sent the request; set once the key has been checked."""
 
-    async def _read(self) -> bytes:
-        length = self.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+    def __init__(self, scope: Scope, request_id: str, services: Any) -> None:
+        # Not the parent's, which copies what nothing here uses.
+        self.scope = scope
+        self.request_id = request_id
+        self.services = services
+        """What the application offers to its routes."""
+        self.path_value = ""
+        """The part of the path that the route leaves open."""
+        fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        self._fields = fields
+        self._last = dict(fields)
+        self._is_repeated = len(self._last) != len(fields)
+
+    def header_values(self, name: bytes) -> list[bytes]:
+        """The values of all header fields with this name, which is in lower case."""
+        if self._is_repeated:
+            return [value for each, value in self._fields if each == name]
+        return [self._last[name]] if name in self._last else []
+
+    def header_texts(self, name: bytes) -> list[str]:
+        """The same as text (RFC 9110, section 5.5)."""
+        return [value.decode("latin-1") for value in self.header_values(name)]
+
+    def query(self, known: Sequence[str]) -> dict[str, str]:
+        """The query. Raises `Refused` for a parameter that is not `known` or is repeated."""
+        text = self.scope["query_string"]
+        if not text:
+            return {}
+        pairs = parse_qsl(text.decode("latin-1"), keep_blank_values=True)
+        found = dict(pairs)
+        if not found.keys() <= set(known):
+            takes = f"use {', '.join(sorted(known))}" if known else "there are none here"
+            raise invalid_field("query", "", f"has unknown parameters; {takes}")
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            (twice, *_) = (name for name in found if names.count(name) > 1)
+            raise invalid_field("query", twice, "must be sent only once")
+        return found
+
+    async def json_body(self, receive: Receive) -> Any:
+        """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
+        if self.header_values(b"content-type") != [b"application/json"]:
+            check_content_type(self.header_texts(b"content-type"))
+        if b"content-encoding" in self._last:
+            check_content_encoding(self.header_texts(b"content-encoding"))
+        body = await self._read(receive)
+        if not body and b"upgrade" in self._last:
+            # Other servers than ours lose it.
+            raise malformed("The server lost the body. Send no Upgrade (curl: --http1.1).")
+        return parse_json(body)
+
+    async def _read(self, receive: Receive) -> bytes:
+        length = self._last.get(b"content-length", b"")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise Refused(PAYLOAD_TOO_LARGE)
-        chunks, size = [], 0
-        async for chunk in self.stream():
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk = message.get("body", b"")
             size += len(chunk)
             if size > MAX_BODY_BYTES:
                 raise Refused(PAYLOAD_TOO_LARGE)
             chunks.append(chunk)
-        return b"".join(chunks)
+            more = message.get("more_body", False)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def check_query(request: Request, known: set[str]) -> None:
-    """Raise `Refused` if a query parameter is unknown or repeated."""
-    names = [name for name, _ in request.query_params.multi_items()]
-    if set(names) - known:
-        takes = f"takes only {', '.join(sorted(known))}" if known else "takes none"
-        raise invalid_field("query", "", f"has unknown parameters; this route {takes}")
-    for name in known:
-        if names.count(name) > 1:
-            raise invalid_field("query", name, "must be sent only once")
-
-
-def check_content_type(values: list[str]) -> None:
-    """Raise `Refused` unless there is exactly one `Content-Type`, and it is JSON. Its charset,
-    if any, must be UTF-8."""
-    media_type, _, parameters = (values[0] if len(values) == 1 else "").partition(";")
+def check_content_type(values: Iterable[str]) -> None:
+    """Raises `Refused` unless exactly one header says JSON, in UTF-8 if it says a charset."""
+    match list(values):
+        case [value]:
+            media_type, _, parameters = value.partition(";")
+        case _:
+            raise Refused(UNSUPPORTED_MEDIA_TYPE)
     charset = parameters.strip().lower().replace('"', "")
     if media_type.strip().lower() != "application/json" or charset not in {
         "",
@@ -73,48 +122,40 @@ def check_content_type(values: list[str]) -> None:
         raise Refused(UNSUPPORTED_MEDIA_TYPE)
 
 
-def check_content_encoding(values: list[str]) -> None:
-    """Raise `Refused` if the body has a content coding (RFC 9110, section 8.4)."""
+def check_content_encoding(values: Iterable[str]) -> None:
+    """Raises `Refused` for a body that is compressed or coded in any other way (RFC 9110,
+    section 8.4)."""
     if any(value.strip().lower() != "identity" for value in values):
         raise Refused(
-            UNSUPPORTED_MEDIA_TYPE,
-            "The body is encoded. Send it uncompressed, without Content-Encoding.",
+            UNSUPPORTED_MEDIA_TYPE, "Send the body as it is, without a Content-Encoding."
         )
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse JSON (RFC 8259) in UTF-8. Raises `Refused` if it is malformed, starts with a byte
-    order mark, or has a duplicate key in an object (RFC 7493, section 2.3)."""
+    """The value of a JSON text (RFC 8259) in UTF-8 without a byte order mark, in which no
+    object has a key twice (RFC 7493, section 2.3). Raises `Refused`."""
+    try:
+        return jiter.from_json(body, catch_duplicate_keys=True, allow_inf_nan=False)
+    except ValueError as error:
+        raise malformed(_detail(body, str(error))) from None
+
+
+def _detail(body: bytes, message: str) -> str:
+    """What is wrong, for a person. The parser's own message can repeat the input."""
     if not body:
-        raise _malformed("The body is empty; send a JSON object.")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        raise _malformed("The body is not UTF-8; encode the JSON as UTF-8.") from None
-    if text.startswith("\ufeff"):
-        raise _malformed("The body starts with a byte order mark; leave it out.")
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise _malformed(f"The body is not valid JSON ({where}).") from None
-    except RecursionError:
-        raise _malformed("The body is nested too deeply.") from None
-    except ValueError:
-        # int() refuses numbers with thousands of digits, whose conversion would take seconds.
-        raise _malformed("A number in the body has too many digits.") from None
+        return "The body is empty. Send a JSON object."
+    if body.startswith(_BYTE_ORDER_MARK):
+        return "The body starts with a byte order mark. Leave it out."
+    if message.startswith("Detected duplicate key"):
+        return "An object in the body has the same key twice."
+    if message.startswith("recursion limit"):
+        return "The body is nested too deeply."
+    if message.startswith("number out of range"):
+        return "A number in the body has too many digits."
+    place = _PLACE.search(message)
+    return f"The body is not valid JSON ({place[1] if place else 'at its end'})."
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise _malformed("An object in the body has a duplicate key; send each key once.")
-    return made
-
-
-def _constant(_: str) -> NoReturn:
-    raise _malformed("The body has NaN or Infinity, which JSON does not allow.")
-
-
-def _malformed(detail: str) -> Refused:
+def malformed(detail: str) -> Refused:
+    """The refusal of a body that is not JSON."""
     return Refused(MALFORMED_JSON, detail)

@@ -1,22 +1,51 @@
-"""The route class: the checks that every request passes before the route's function runs.
+"""The route class: compiles a FastAPI path operation into a lean handler.
+
+The path operation stays the declaration, from which FastAPI builds the documentation. What
+serves requests is the handler, whichever way a request comes: from the dispatcher
+(`app.http.dispatch`), or from FastAPI's own router. It checks, in this order: the key and its
+scope, the spelling of the path, the query, the content type, the body, the parameters.
 
 A route declares in `openapi_extra` who may use it, with `allow(...)` or `PUBLIC`. That entry
 both documents and enforces the access. A route without it is for admins only.
+
+The function of a route returns a `RawResponse`. Its parameters are:
+
+- a `StrictRequest`;
+- a dependency, `Annotated[T, Depends(read)]`. `read` is a plain function, called with the part
+  of the path that is its parameter, or else with the `StrictRequest`. Header parameters of
+  `read` are documentation and have defaults;
+- a query parameter, and the body, a pydantic model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.params import Depends
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 from typing_extensions import override
 
-from app.http.auth import Authenticator, Caller, Scope, Unauthenticated
-from app.http.problems import INSUFFICIENT_SCOPE, NOT_FOUND, UNAUTHENTICATED, Refused
-from app.http.request import StrictRequest, check_query
+from app.http.auth import Authenticator, Scope, Unauthenticated
+from app.http.problems import (
+    INSUFFICIENT_SCOPE,
+    NOT_FOUND,
+    UNAUTHENTICATED,
+    Failure,
+    Refused,
+    failed_response,
+    invalid_fields,
+)
+from app.http.request import StrictRequest
 from app.http.response import RawResponse
+
+MAX_FIELD_ERRORS = 20
+"""Maximum number of field errors in one response."""
 
 _CHALLENGE = b"Bearer"
 """RFC 6750, section 3."""
@@ -32,59 +61,143 @@ def allow(*scopes: Scope) -> dict[str, Any]:
     return {"security": [{"apiKey": []}], _SCOPES: [Scope.ADMIN.value, *scopes]}
 
 
+class Handler:
+    """Serves one route."""
+
+    def __init__(self, route: APIRoute) -> None:
+        self.methods = route.methods
+        self.path = route.path
+        extra = route.openapi_extra or {}
+        self._is_public = extra.get("security") == []
+        self._scopes = tuple(Scope(scope) for scope in extra.get(_SCOPES, [Scope.ADMIN]))
+        self._run: Callable[..., Awaitable[RawResponse]] = route.endpoint
+        self._read: list[tuple[str, Callable[[StrictRequest], Any]]] = []
+        self._query: dict[str, TypeAdapter[Any]] = {}
+        self._body = ""
+        self._model: TypeAdapter[Any] | None = None
+        for name, parameter in inspect.signature(
+            route.endpoint, eval_str=True
+        ).parameters.items():
+            annotation = parameter.annotation
+            metadata = getattr(annotation, "__metadata__", ())
+            dependency = next((each for each in metadata if isinstance(each, Depends)), None)
+            if annotation is StrictRequest:
+                self._read.append((name, _itself))
+            elif dependency is not None and dependency.dependency is not None:
+                self._read.append((name, _reader(dependency.dependency)))
+            elif route.body_field is not None and name == route.body_field.name:
+                self._body, self._model = name, TypeAdapter(annotation)
+            else:
+                self._query[name] = TypeAdapter(annotation)
+        self._names = tuple(self._query)
+
+    async def respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
+        """Serve a request. Everything that fails becomes a problem; only `ClientDisconnect` is
+        raised, when there is no one to answer."""
+        try:
+            return await self._respond(request, receive)
+        except ClientDisconnect:
+            raise
+        except Failure as error:
+            return failed_response(error, request.request_id)
+
+    async def _respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
+        if not self._is_public:
+            self._authorize(request)
+        scope = request.scope
+        if b"%" in scope.get("raw_path", b""):
+            raise Refused(NOT_FOUND)
+        query = request.query(self._names) if scope["query_string"] else {}
+        body = None if self._model is None else await request.json_body(receive)
+        arguments = {name: read(request) for name, read in self._read}
+        if query or self._model is not None:
+            self._validate(arguments, query, body)
+        return await self._run(**arguments)
+
+    def _authorize(self, request: StrictRequest) -> None:
+        """Find out who sent the request. Raises `Refused` if the caller is unknown or has none
+        of the scopes."""
+        authenticator: Authenticator = request.services.authenticator
+        sent = request.header_values(b"authorization")
+        try:
+            caller = authenticator.identify(
+                sent[0] if len(sent) == 1 else None, request.scope.get("server")
+            )
+        except Unauthenticated as error:
+            raise Refused(
+                UNAUTHENTICATED, str(error), headers=[(b"www-authenticate", _CHALLENGE)]
+            ) from None
+        if not caller.may(self._scopes):
+            needed = [scope for scope in self._scopes if scope is not Scope.ADMIN]
+            challenge = b'Bearer error="insufficient_scope", scope="%b"' % b" ".join(
+                scope.encode() for scope in needed or self._scopes
+            )
+            raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
+        request.caller = caller
+
+    def _validate(self, arguments: dict[str, Any], query: dict[str, str], body: Any) -> None:
+        """Add the query parameters and the body to the arguments. Raises `Refused` with all
+        that is wrong about them."""
+        errors: list[dict[str, str]] = []
+        for name, text in query.items():
+            try:
+                arguments[name] = self._query[name].validate_python(text)
+            except ValidationError as error:
+                errors += _field_errors("query", (name,), error)
+        if self._model is not None:
+            try:
+                arguments[self._body] = self._model.validate_python(body)
+            except ValidationError as error:
+                errors += _field_errors("body", (), error)
+        if errors:
+            raise invalid_fields(errors[:MAX_FIELD_ERRORS])
+
+
+def _reader(dependency: Callable[..., Any]) -> Callable[[StrictRequest], Any]:
+    first = next(iter(inspect.signature(dependency, eval_str=True).parameters.values()))
+    if first.annotation is StrictRequest:
+        return dependency
+    return lambda request: dependency(request.path_value)
+
+
+def _itself(request: StrictRequest) -> StrictRequest:
+    return request
+
+
+def _field_errors(
+    where: str, start: tuple[str, ...], error: ValidationError
+) -> list[dict[str, str]]:
+    """Where and why fields are invalid, without the input. The name of an unknown field is
+    input too."""
+    found = []
+    for each in error.errors(include_url=False, include_context=False, include_input=False):
+        path, detail = [*start, *map(str, each["loc"])], each["msg"]
+        if each["type"] == "extra_forbidden":
+            path, detail = path[:-1], "has an unknown field; /docs lists the fields"
+        detail = detail.removeprefix("Value error, ")
+        found.append({"in": where, "field": "/".join(path), "detail": detail})
+        if len(found) == MAX_FIELD_ERRORS:
+            break
+    return found
+
+
 class StrictRoute(APIRoute):
-    """A route that checks caller, path, query and body before FastAPI parses the request."""
+    """A path operation that is served by its handler."""
+
+    handler: Handler
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        query_names = {name for param in self._query_params() for name in param}
-        extra = self.openapi_extra or {}
-        is_public = extra.get("security") == []
-        scopes = tuple(Scope(scope) for scope in extra.get(_SCOPES, [Scope.ADMIN]))
+        self.handler = handler = Handler(self)
 
-        async def handle_strictly(request: Request) -> Response:
-            if not is_public:
-                authorize(request, scopes)
-            if b"%" in request.scope.get("raw_path", b""):
-                raise Refused(NOT_FOUND)
-            check_query(request, query_names)
-            strict = StrictRequest(request.scope, request.receive)
-            if self.body_field is not None:
-                await strict.load_body()
-            return await handle(strict)
+        async def handle(request: Request) -> Response:
+            strict = StrictRequest(
+                request.scope, request.state.request_id, request.app.state.services
+            )
+            strict.path_value = next(iter(request.path_params.values()), "")
+            return to_starlette(await handler.respond(strict, request.receive))
 
-        return handle_strictly
-
-    def _query_params(self) -> list[list[str]]:
-        pending, found = [self.dependant], []
-        while pending:
-            dependant = pending.pop()
-            found.append([param.alias for param in dependant.query_params])
-            pending += dependant.dependencies
-        return found
-
-
-def authorize(request: Request, scopes: tuple[Scope, ...]) -> None:
-    """Store the caller in `request.state.caller`. Raises `Refused` if the caller is unknown or
-    has none of `scopes`."""
-    authenticator: Authenticator = request.app.state.authenticator
-    sent = [value for name, value in request.headers.raw if name == b"authorization"]
-    try:
-        caller: Caller = authenticator.identify(
-            sent[0] if len(sent) == 1 else None, request.scope.get("server")
-        )
-    except Unauthenticated as error:
-        raise Refused(
-            UNAUTHENTICATED, str(error), headers=[(b"www-authenticate", _CHALLENGE)]
-        ) from None
-    if not caller.may(scopes):
-        needed = [scope for scope in scopes if scope is not Scope.ADMIN]
-        challenge = b'Bearer error="insufficient_scope", scope="%b"' % b" ".join(
-            scope.encode() for scope in needed or scopes
-        )
-        raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
-    request.state.caller = caller
+        return handle
 
 
 def to_starlette(response: RawResponse) -> Response:

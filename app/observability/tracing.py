@@ -1,8 +1,8 @@
 """OpenTelemetry traces, exported when `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-FastAPI makes the exporter and the spans of its own lane. This module makes the provider that
-both lanes use, and keeps whole session ids, which are capabilities, out of exported spans. The
-SDK is an optional extra: without it, only the small API package is imported.
+FastAPI makes the exporter, and the spans of requests that it serves itself. This module makes
+the provider and the spans of all others. It keeps whole session ids, which are capabilities,
+out of exported spans. The SDK is an optional extra: without it, only the API is imported.
 """
 
 from __future__ import annotations
@@ -98,15 +98,22 @@ _HEADERS = _Headers()
 
 @contextmanager
 def server_span(
-    tracer: Tracer, method: str, route: str, path: str, headers: Mapping[bytes, bytes]
+    tracer: Tracer, method: str, route: str, scope: Mapping[str, Any]
 ) -> Iterator[Span]:
     """Open the span of a request that is served outside FastAPI, with the names that FastAPI
     gives its own. It continues the caller's `traceparent` (W3C Trace Context)."""
+    attributes = {
+        "http.request.method": method,
+        "http.route": route,
+        "url.path": scope["path"],
+    }
+    if scope["query_string"]:
+        attributes["url.query"] = scope["query_string"].decode("latin-1")
     span = tracer.start_span(
         f"{method} {route}",
-        context=propagate.extract(headers, getter=_HEADERS),
+        context=propagate.extract(dict(scope["headers"]), getter=_HEADERS),
         kind=SpanKind.SERVER,
-        attributes={"http.request.method": method, "http.route": route, "url.path": path},
+        attributes=attributes,
     )
     with trace.use_span(span, end_on_exit=True):
         yield span

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from uvicorn._types import HTTPScope
 
 from app.http.direct_send import CLOSE, encode_response
-from app.http.middleware import common_headers
+from app.http.dispatch import common_headers
 from app.http.problems import OVERLOADED, Refused, refused_response
 from app.http.request_id import REQUEST_ID, choose_request_id
 from app.http.response import Headers

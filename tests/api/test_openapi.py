@@ -14,15 +14,9 @@ import pytest
 from openapi_spec_validator import validate
 
 from app import __version__
-from app.api.application import build_application
 from app.api.problem_types import ProblemCode
-from app.http.auth import Authenticator
-from app.observability.events import Events
-from app.observability.metrics import Metrics
-from app.observability.workers import SharedMetrics
-from app.service import SessionService
-from app.store.contract import StoreLimits
-from app.store.memory.store import MemoryStore
+from app.main import create_app
+from app.settings import Settings
 from tests.conftest import Api
 from tests.support import AGENT, new_id, session_request
 
@@ -44,12 +38,7 @@ OPERATIONS = {
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    metrics = SharedMetrics(Metrics(), None)
-    service = SessionService(
-        MemoryStore(StoreLimits()), Events(metrics.own, log_admissions=False), 60
-    )
-    app = build_application(service, Authenticator([], allow_unauthenticated=False), metrics)
-    return app.openapi()
+    return create_app(Settings.model_construct()).framework.openapi()
 
 
 def operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from app.api.problem_types import PROBLEM_TYPES
 from app.domain.admission import NextAction
 from app.http.auth import Scope, new_key
-from app.main import create_framework
+from app.main import create_app
 from app.observability.metrics import Metrics
 from app.settings import PREFIX, Settings
 from tests.services import ROOT, StartService
@@ -227,7 +227,7 @@ def test_the_routes_of_the_readme_are_those_of_the_document() -> None:
         for method in names_in(methods)
         for path in names_in(paths)
     }
-    document: dict[str, Any] = create_framework(Settings.model_construct()).openapi()
+    document: dict[str, Any] = create_app(Settings.model_construct()).framework.openapi()
     served = {
         (method.upper(), path, ", ".join(_scopes(operation)) or "none")
         for path, operations in document["paths"].items()

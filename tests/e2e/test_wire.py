@@ -1,16 +1,17 @@
-"""The bytes that both lanes put on the wire, from real servers. The fast lane bypasses
-uvicorn's `send`; these tests fail when uvicorn changes beneath it."""
+"""The bytes on the wire, from real servers. Responses bypass uvicorn's `send`; these tests fail
+when uvicorn changes beneath them."""
 
 from __future__ import annotations
 
 import json
 import re
 import socket
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.services import Service, StartService
+from tests.services import Service, StartService, running
 from tests.support import session_request
 
 LAST = (
@@ -55,8 +56,12 @@ def settled(received: bytes) -> bytes:
 
 
 @pytest.fixture
-def services(start_service: StartService) -> list[Service]:
-    return [start_service(ARBITER_FAST_LANE=lane) for lane in ("false", "true")]
+def services(start_service: StartService, free_port: int) -> Iterator[list[Service]]:
+    port = str(free_port)
+    server = ["-m", "uvicorn", "tests.asgi_way:app", "--no-server-header", "--port", port]
+    protocol = ["--http", "app.server.protocol:LimitedProtocol"]
+    with running(*server, *protocol, ARBITER_PORT=port) as asgi_way:
+        yield [start_service(), asgi_way]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def services(start_service: StartService) -> list[Service]:
         ("continue", [b"expect: 100-continue"], b"1.1"),
     ],
 )
-def test_both_lanes_answer_a_call_alike(
+def test_a_call_is_answered_as_by_asgi_messages(
     services: list[Service], name: str, headers: list[bytes], version: bytes
 ) -> None:
     seen = []
@@ -87,7 +92,7 @@ def test_both_lanes_answer_a_call_alike(
     assert seen[0].count(b"HTTP/1.1 ") == 2 - ends + continues
 
 
-def test_both_lanes_answer_pipelined_calls_alike(services: list[Service]) -> None:
+def test_pipelined_calls_are_answered_as_by_asgi_messages(services: list[Service]) -> None:
     seen = []
     for service in services:
         created = httpx.post(

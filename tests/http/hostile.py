@@ -34,7 +34,8 @@ BODIES: list[tuple[str, bytes, int, str]] = [
     ("null", b"null", 422, "validation_failed"),
     ("empty object", b"{}", 422, "validation_failed"),
     ("unknown field", b'{"tool_name":"read_file","x":1}', 422, "validation_failed"),
-    ("lone surrogate key", b'{"tool_name":"a","\\ud800":1}', 422, "validation_failed"),
+    ("lone surrogate key", b'{"tool_name":"a","\\ud800":1}', 400, "malformed_json"),
+    ("lone surrogate tool", b'{"tool_name":"\\ud800"}', 400, "malformed_json"),
     ("null tool", b'{"tool_name":null}', 422, "validation_failed"),
     ("number tool", b'{"tool_name":5}', 422, "validation_failed"),
     ("true tool", b'{"tool_name":true}', 422, "validation_failed"),
@@ -72,7 +73,6 @@ TOOL_NAMES = [
     'a"b',
     "a;b",
     "../../etc/passwd%00",
-    "\ud800",
     "<script>",
 ]
 """Invalid tool names."""
@@ -139,7 +139,6 @@ CREATIONS: list[tuple[str, object]] = [
     ("declared_intent", ""),
     ("declared_intent", " \t\n\u2003"),
     ("declared_intent", "x" * 1025),
-    ("declared_intent", "\ud800"),
     ("declared_intent", None),
     ("authorized_tools", None),
     ("authorized_tools", "read_file"),
@@ -148,7 +147,6 @@ CREATIONS: list[tuple[str, object]] = [
     ("authorized_tools", ["a", 5]),
     ("delegation_chain_snapshot", ["x"] * 33),
     ("delegation_chain_snapshot", ["x" * 257]),
-    ("delegation_chain_snapshot", ["\udfff"]),
     ("delegation_chain_snapshot", None),
     ("time_limit_secs", -1),
     ("time_limit_secs", 604_801),

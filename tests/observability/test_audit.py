@@ -52,11 +52,10 @@ class Audited:
         return lines(self.file)
 
 
-@pytest.mark.parametrize("lane", ["true", "false"], ids=["fast", "framework"])
 def test_every_decision_and_every_change_is_logged(
-    start_service: StartService, tmp_path: Path, lane: str
+    start_service: StartService, tmp_path: Path
 ) -> None:
-    audited = Audited(start_service, tmp_path, ARBITER_FAST_LANE=lane)
+    audited = Audited(start_service, tmp_path)
     wanted = session_request(call_budget=3, agent_id=AGENT)
     path = audited.ask("POST", "/sessions", wanted).headers["location"]
     call = {"tool_name": "read_file"}

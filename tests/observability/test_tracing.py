@@ -77,12 +77,10 @@ def collector() -> Iterator[Collector]:
     made.close()
 
 
-@pytest.mark.parametrize("lane", ["true", "false"], ids=["fast", "framework"])
 def test_a_call_is_a_span_in_the_callers_trace(
-    start_service: StartService, collector: Collector, lane: str
+    start_service: StartService, collector: Collector
 ) -> None:
     service = start_service(
-        ARBITER_FAST_LANE=lane,
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         OTEL_BSP_SCHEDULE_DELAY="100",
     )

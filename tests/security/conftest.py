@@ -10,12 +10,10 @@ import pytest
 from tests.services import Service, running
 from tests.support import session_request
 
-LANES = ("true", "false")
 
-
-@pytest.fixture(scope="module", params=LANES, ids=["fast", "framework"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(ARBITER_FAST_LANE=request.param) as started:
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running() as started:
         yield started
 
 

@@ -1,4 +1,4 @@
-"""Keys and scopes, tested on a running service over raw connections, on both lanes."""
+"""Keys and scopes, tested on a running service over raw connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from app.http.auth import Authenticator, Scope, Unauthenticated, new_key
-from tests.security.conftest import LANES
 from tests.services import Service, StartService, running
 from tests.support import session_request
 
@@ -63,9 +62,9 @@ ROUTES = {
 """Request lines, and the scopes that may send them."""
 
 
-@pytest.fixture(scope="module", params=LANES, ids=["fast", "framework"])
-def guarded(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(ARBITER_API_KEYS=f"{GATE},{OPS}", ARBITER_FAST_LANE=request.param) as service:
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Service]:
+    with running(ARBITER_API_KEYS=f"{GATE},{OPS}") as service:
         yield service
 
 

@@ -1,0 +1,185 @@
+"""The ASGI application in front: finds the handler of a request and runs it.
+
+It is built from FastAPI's route table and skips Starlette's stack, nothing else. FastAPI serves
+the rest: 404, 405, documentation, and everything if mounted in another application. Both work
+inside the same frame: a request id, a check of `Host`, errors as problems, no caching, a span
+and a measured duration. HEAD is served as GET, without the body (RFC 9110, section 9.3.2).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from app.http.auth import Authenticator
+from app.http.direct_send import send_directly
+from app.http.problems import (
+    MISDIRECTED_REQUEST,
+    Failure,
+    Refused,
+    failed_response,
+    refused_response,
+)
+from app.http.request import StrictRequest
+from app.http.request_id import REQUEST_ID, choose_request_id
+from app.http.response import Headers, RawResponse
+from app.http.route import Handler, StrictRoute
+
+NO_STORE = (b"cache-control", b"no-store")
+UNMATCHED = "unmatched"
+"""The route label of requests that no route took."""
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_OPEN = "*"
+"""Stands for the part of a path that a route leaves open."""
+
+ObserveRequest = Callable[[str, str, int, float], None]
+"""Called with method, path template, status and duration in seconds."""
+
+StartSpan = Callable[[str, str, Scope], AbstractContextManager[Callable[[int], None]]]
+"""Called with method, path template and scope. Gives what to call with the status."""
+
+
+class Dispatcher:
+    """Serves the routes of `framework`, whose state has `services`."""
+
+    def __init__(
+        self,
+        framework: FastAPI,
+        routes: Iterable[object],
+        authenticator: Authenticator,
+        observe: ObserveRequest,
+        start_span: StartSpan | None,
+    ) -> None:
+        self.framework = framework
+        self._authenticator = authenticator
+        self._observe = observe
+        self._start_span = start_span
+        self._services = framework.state.services
+        self._handlers: dict[tuple[str, ...], Handler] = {}
+        self._open_at: set[tuple[int, int]] = set()
+        for route in routes:
+            if isinstance(route, StrictRoute):
+                self._add(route.handler)
+
+    def _add(self, handler: Handler) -> None:
+        parts = handler.path.split("/")
+        shape = [_OPEN if part.startswith("{") else part for part in parts]
+        if _OPEN in shape:
+            self._open_at.add((len(parts), shape.index(_OPEN)))
+        for method in handler.methods or ():
+            self._handlers[(method, *shape)] = handler
+
+    def _find(self, method: str, path: str) -> tuple[Handler | None, str]:
+        """The handler of a request, and the part of the path that its route leaves open."""
+        parts = [method, *path.split("/")]
+        found = self._handlers.get(tuple(parts))
+        if found is not None:
+            return found, ""
+        for length, at in self._open_at:
+            if length == len(parts) - 1:
+                value, parts[at + 1] = parts[at + 1], _OPEN
+                found = self._handlers.get(tuple(parts))
+                if found is not None and value:
+                    return found, value
+                parts[at + 1] = value
+        return None, ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.framework(scope, receive, send)
+            return
+        started = time.perf_counter()
+        sent: list[bytes] = []
+        hosts: list[bytes] = []
+        for name, value in scope["headers"]:
+            if name == REQUEST_ID:
+                sent.append(value)
+            elif name == b"host":
+                hosts.append(value)
+        request_id = choose_request_id(sent)
+        method = scope["method"]
+        served_as = "GET" if method == "HEAD" else method
+        handler, value = self._find(served_as, scope["path"])
+        if not self._authenticator.serves(hosts, scope.get("server")):
+            response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
+            await _send(send, response, request_id, is_head=method == "HEAD")
+            self._observe(_label(method), UNMATCHED, response.status, _since(started))
+        elif handler is None or scope.get("root_path"):
+            scope = {**scope, "method": served_as}
+            scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+            status = await self._fall_through(scope, receive, send, is_head=method == "HEAD")
+            if status:
+                route = getattr(scope.get("route"), "path", UNMATCHED)
+                self._observe(_label(method), route, status, _since(started))
+        else:
+            request = StrictRequest(scope, request_id, self._services)
+            request.path_value = value
+            try:
+                if self._start_span is None:
+                    response = await handler.respond(request, receive)
+                else:
+                    with self._start_span(method, handler.path, scope) as end:
+                        response = await handler.respond(request, receive)
+                        end(response.status)
+            except ClientDisconnect:
+                return
+            await _send(send, response, request_id, is_head=method == "HEAD")
+            self._observe(method, handler.path, response.status, _since(started))
+
+    async def _fall_through(
+        self, scope: Scope, receive: Receive, send: Send, *, is_head: bool
+    ) -> int:
+        """Let FastAPI serve a request. Return the status, 0 if there was no response."""
+        request_id, status = scope["state"]["request_id"], 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *common_headers(request_id)]
+            elif is_head:
+                message["body"] = b""
+            await send(message)
+
+        try:
+            await self.framework(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            return 0
+        except Failure as error:
+            response = failed_response(error, request_id)
+            if status:
+                raise
+            status = response.status
+            await _send(send, response, request_id, is_head=is_head)
+        return status
+
+
+def common_headers(request_id: str) -> Headers:
+    """The headers of every response."""
+    return [(REQUEST_ID, request_id.encode()), NO_STORE]
+
+
+async def _send(send: Send, response: RawResponse, request_id: str, *, is_head: bool) -> None:
+    if is_head:
+        response = response._replace(body=b"")
+    extra = common_headers(request_id)
+    if send_directly(send, response, extra):
+        return
+    headers = [*response.headers, *extra]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+def _label(method: str) -> str:
+    return method if method in _METHODS else "other"
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started
