@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -32,10 +33,22 @@ def _escape_controls(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+class _StandardError:
+    """Standard error. A line that cannot be written is lost; it must not cost a request."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
 def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Processor) -> None:
     """Send the service's and uvicorn's logs to standard error in one format."""
     shared: list[Processor] = [
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *more_processors,
     ]
@@ -67,10 +80,11 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
     # Access lines would hold whole session ids.
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
+    # Our own lines skip the standard library's logging, which takes longer than a whole denial.
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *rendered],
         wrapper_class=structlog.make_filtering_bound_logger(root.level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _StandardError())),
         cache_logger_on_first_use=False,
     )
 
