@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.durable import compare_stores, row_name, starting
+from bench.forms import compare_forms, table
+from bench.forms import required as required_of_forms
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
 from bench.overload import IDLE_CONNECTIONS, Overload, beside_idle, overload
 from bench.report import Required, load_row, median, plot, ratio
-from bench.servers import BATCH_SIZE, batches, ours, peer
+from bench.servers import BATCH_SIZE, batches, ours
 from bench.shared import CONNECTIONS as SHARED_CONNECTIONS
 from bench.shared import LISTED, MEMORY, ONE, Shared, compare_shared
 
@@ -51,8 +53,6 @@ def compare(rounds: int, secs: float, scratch: Path) -> dict[str, list[Load]]:
     with ExitStack() as stack:
         fast = stack.enter_context(ours(scratch))
         contestants = {
-            "bare ASGI": stack.enter_context(peer("bare_asgi", scratch)),
-            "naive FastAPI": stack.enter_context(peer("naive_fastapi", scratch)),
             "Arbiter": fast,
             AUDITED: stack.enter_context(
                 ours(scratch, ARBITER_AUDIT_LOG=str(scratch / "audit.log"))
@@ -88,6 +88,7 @@ class Found(NamedTuple):
     """The results of a whole run."""
 
     turns: dict[str, list[Load]]
+    forms: dict[str, list[Load]]
     stores: dict[str, list[Load]]
     shared: Shared
     sizes: dict[int, Load]
@@ -98,14 +99,11 @@ class Found(NamedTuple):
 
 def required(found: Found) -> list[Required]:
     """Return the targets with the measured values."""
-    turns, stores, shared, sizes, parts, overloaded, idle = found
+    turns, forms, stores, shared, sizes, parts, overloaded, idle = found
     batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
     few, many = min(sizes), max(sizes)
     return [
-        Required("calls/s ÷ bare ASGI", ratio(turns["Arbiter"], turns["bare ASGI"]), 0.70),
-        Required(
-            "calls/s ÷ naive FastAPI", ratio(turns["Arbiter"], turns["naive FastAPI"]), 3.3
-        ),
+        *required_of_forms(forms),
         Required(
             f"batch of {BATCH_SIZE}: tool decisions/s ÷ single calls/s",
             BATCH_SIZE * ratio(batch, turns["Arbiter"]),
@@ -186,6 +184,8 @@ def main() -> int:
         scratch = Path(name)
         print("contestants", file=sys.stderr)
         turns = compare(rounds, secs, scratch)
+        print("forms", file=sys.stderr)
+        forms = compare_forms(scratch, lambda c: take_turns(c, rounds, secs, scratch))
         print("stores", file=sys.stderr)
         stores = compare_stores(scratch, lambda c: take_turns(c, rounds, secs, scratch))
         shared = compare_shared(scratch, lambda c: take_turns(c, rounds, secs, scratch))
@@ -201,6 +201,7 @@ def main() -> int:
     print(f"{machine()}\n\n| contestant | calls/s | spread | p99, ms |\n|---|---|---|---|")
     for contestant, found in turns.items():
         print(load_row(contestant, found))
+    print(f"\n{table(forms)}")
     print("\n| store | calls/s | spread | p99, ms |\n|---|---|---|---|")
     for contestant, found in stores.items():
         print(load_row(contestant, found))
@@ -221,7 +222,8 @@ def main() -> int:
     for part, value in (parts | start).items():
         print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
     print("\n| figure | found | target | |\n|---|---|---|---|")
-    for figure in required(Found(turns, stores, shared, by_size, parts, overloaded, idle)):
+    measured = Found(turns, forms, stores, shared, by_size, parts, overloaded, idle)
+    for figure in required(measured):
         print(figure.row())
     if not quick:
         plot(by_size, PLOT)

@@ -19,7 +19,9 @@ from app.main import create_app
 from app.settings import load_settings
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
+from bench.servers import SESSION
 
+AGENT = str(SESSION["agent_id"])
 SESSIONS_PER_AGENT = 10
 ASKED = 20_000
 """Size of the sample: more sessions than the service keeps encoded. With a table of a million
@@ -32,7 +34,8 @@ async def fill(store: MemoryStore, sessions: int) -> list[str]:
     agent = ""
     for number in range(sessions):
         if number % SESSIONS_PER_AGENT == 0:
-            agent = str(uuid.uuid4())
+            # The first is known to the forms that name their agent.
+            agent = str(uuid.uuid4()) if number else AGENT
         created = await store.create(
             Grant(
                 agent_id=agent,
@@ -51,7 +54,7 @@ async def fill(store: MemoryStore, sessions: int) -> list[str]:
 def main() -> None:
     sessions, paths = int(sys.argv[1]), Path(sys.argv[2])
     settings = load_settings()
-    store = MemoryStore(StoreLimits(max_sessions=sessions + 1))
+    store = MemoryStore(StoreLimits(max_sessions=settings.max_sessions))
     ids = asyncio.run(fill(store, sessions))
     asked = random.sample(ids, min(sessions, ASKED))
     paths.write_text("".join(f"/sessions/{each}/calls\n" for each in asked))

@@ -19,15 +19,27 @@ SERVER_CORE, LOAD_CORE = "0", "1"
 CONNECTIONS = 32
 WRK = shutil.which("wrk")
 _UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
-_LUA = """
+_LUA = r"""
 local paths = {}
 for line in io.lines(os.getenv("BENCH_PATHS")) do paths[#paths + 1] = line end
-local headers = { ["content-type"] = "application/json",
-                  ["authorization"] = os.getenv("BENCH_AUTHORIZATION") }
-local body = os.getenv("BENCH_BODY")
-function init() math.randomseed(os.time()) end
+local headers = { ["authorization"] = os.getenv("BENCH_AUTHORIZATION") }
+for name, value in os.getenv("BENCH_HEADERS"):gmatch("([^:\n]+): ([^\n]+)") do
+  headers[name] = value
+end
+local method, body = os.getenv("BENCH_METHOD"), os.getenv("BENCH_BODY")
+local keyed = os.getenv("BENCH_KEYED")
+if body == "" then body = nil end
+local sent, run = 0, ""
+function init()
+  math.randomseed(os.time())
+  run = tostring(math.random(1000000000))
+end
 function request()
-  return wrk.format("POST", paths[math.random(#paths)], headers, body)
+  if keyed == "yes" then
+    sent = sent + 1
+    headers["idempotency-key"] = run .. "-" .. sent
+  end
+  return wrk.format(method, paths[math.random(#paths)], headers, body)
 end
 """
 
@@ -37,6 +49,8 @@ class Load(NamedTuple):
 
     per_sec: float
     p99_ms: float
+    cpu_us: float = 0.0
+    """Processor time of the server for each request; 0 if its process is not known."""
 
 
 class Target(NamedTuple):
@@ -47,6 +61,15 @@ class Target(NamedTuple):
     body: str
     authorization: str
     connections: int = CONNECTIONS
+    pid: int = 0
+    """The server's process."""
+    method: str = "POST"
+    headers: str = "content-type: application/json"
+    """One a line."""
+    keyed: bool = False
+    """Whether each request has an idempotency key of its own."""
+    denied: bool = False
+    """Whether every response is expected to be a refusal."""
 
 
 def pinned(cores: str) -> list[str]:
@@ -61,7 +84,11 @@ def press(target: Target, secs: float, scratch: Path) -> Load:
         "BENCH_PATHS": str(target.paths),
         "BENCH_BODY": target.body,
         "BENCH_AUTHORIZATION": target.authorization,
+        "BENCH_METHOD": target.method,
+        "BENCH_HEADERS": target.headers,
+        "BENCH_KEYED": "yes" if target.keyed else "no",
     }
+    before = cpu_secs(target.pid)
     url = f"http://127.0.0.1:{target.port}/"
     if WRK is None:
         command = [sys.executable, "-m", "bench.load", url, str(secs), str(target.connections)]
@@ -78,24 +105,34 @@ def press(target: Target, secs: float, scratch: Path) -> Load:
         text=True,
         timeout=secs + 60,
     ).stdout
-    return _parse_own(output) if WRK is None else _parse_wrk(output)
+    load, requests = _parse_own(output) if WRK is None else _parse_wrk(output, target)
+    return load._replace(cpu_us=(cpu_secs(target.pid) - before) / requests * 1e6)
 
 
-def _parse_wrk(output: str) -> Load:
-    if "Non-2xx" in output or "Socket errors" in output:
-        raise RuntimeError(f"not every call was admitted:\n{output}")
+def cpu_secs(pid: int) -> float:
+    """Return the processor time that a process has used, 0 for none."""
+    if not pid:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _parse_wrk(output: str, target: Target) -> tuple[Load, int]:
+    if "Socket errors" in output or ("Non-2xx" in output) != target.denied:
+        raise RuntimeError(f"not every response to {target} was as expected:\n{output}")
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
     p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", output)
-    if rate is None or p99 is None:
+    requests = re.search(r"(\d+) requests in", output)
+    if rate is None or p99 is None or requests is None:
         raise RuntimeError(f"unexpected output from wrk:\n{output}")
-    return Load(float(rate[1]), float(p99[1]) * _UNITS_MS[p99[2]])
+    return Load(float(rate[1]), float(p99[1]) * _UNITS_MS[p99[2]]), int(requests[1])
 
 
-def _parse_own(output: str) -> Load:
+def _parse_own(output: str) -> tuple[Load, int]:
     found = json.loads(output)
     if found["refused"]:
         raise RuntimeError(f"{found['refused']} calls were not admitted")
-    return Load(found["per_sec"], found["p99_ms"])
+    return Load(found["per_sec"], found["p99_ms"]), found["requests"]
 
 
 async def _connection(
@@ -127,7 +164,8 @@ async def _own_client(port: int, secs: float, connections: int, paths: list[str]
     refused = sum(await asyncio.gather(*workers))
     times.sort()
     p99_ms = times[int(len(times) * 0.99)] * 1000
-    print(json.dumps({"per_sec": len(times) / secs, "p99_ms": p99_ms, "refused": refused}))
+    found = {"per_sec": len(times) / secs, "p99_ms": p99_ms, "refused": refused}
+    print(json.dumps(found | {"requests": len(times)}))
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ def peer(name: str, scratch: Path) -> Iterator[Target]:
     port = free_port()
     command = ["-m", "uvicorn", f"bench.peers.{name}:app", "--port", str(port)]
     command += ["--no-access-log", "--loop", "uvloop", "--http", "httptools"]
-    with _process(command, port, "/"):
+    with _process(command, port, "/") as process:
         paths = scratch / f"{name}.paths"
         answer = httpx.post(f"http://127.0.0.1:{port}/sessions", json=SESSION).json()
         paths.write_text(f"/sessions/{answer['session_id']}/calls\n")
-        yield Target(port, paths, CALL, "none")
+        yield Target(port, paths, CALL, "none", pid=process.pid)
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def ours(scratch: Path, *, sessions: int = 1, **variables: str) -> Iterator[Targ
         "/readyz",
         **_settings(port, str(key), "memory://"),
         **variables,
-    ):
-        yield Target(port, paths, CALL, f"Bearer {token}")
+    ) as process:
+        yield Target(port, paths, CALL, f"Bearer {token}", pid=process.pid)
 
 
 @contextmanager

@@ -84,6 +84,8 @@ def _idempotency(
         ),
     ] = None,
 ) -> IdempotencyKey | None:
+    if not request.has_header(b"idempotency-key"):
+        return None
     key = idempotency_key(request.header_texts(b"idempotency-key"))
     return None if key is None else IdempotencyKey(request.caller.name, key)
 
@@ -95,7 +97,7 @@ def _minimal(
         Header(alias="Prefer", description="return=minimal asks for 204 without a body."),
     ] = None,
 ) -> bool:
-    return wants_minimal(request.header_texts(b"prefer"))
+    return request.has_header(b"prefer") and wants_minimal(request.header_texts(b"prefer"))
 
 
 def _actor(request: StrictRequest) -> Actor:

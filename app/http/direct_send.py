@@ -1,8 +1,8 @@
 """A whole answer in one write, past uvicorn's two-message `send`.
 
 Measured under load, uvicorn's own `send` took a third of the time of a call: it checks
-every header against two patterns and handles the body in a second step. Answers of the
-fast lane need neither: they are whole, and every header is made by us.
+every header against two patterns and handles the body in a second step. Our answers need
+neither: they are whole, and every header is made by us.
 
 This reaches into uvicorn's request cycle. Anything but the very class it was written for,
 or a connection in any but the ordinary state, is left to the ASGI way; the end-to-end tests

@@ -96,17 +96,12 @@ class Dispatcher:
             await self.framework(scope, receive, send)
             return
         started = time.perf_counter()
-        sent: list[bytes] = []
-        hosts: list[bytes] = []
-        for name, value in scope["headers"]:
-            if name == REQUEST_ID:
-                sent.append(value)
-            elif name == b"host":
-                hosts.append(value)
-        request_id = choose_request_id(sent)
+        request = StrictRequest(scope, "", self._services)
+        request_id = request.request_id = choose_request_id(request.header_values(REQUEST_ID))
         method = scope["method"]
         served_as = "GET" if method == "HEAD" else method
-        handler, value = self._find(served_as, scope["path"])
+        handler, request.path_value = self._find(served_as, scope["path"])
+        hosts = request.header_values(b"host")
         if not self._authenticator.serves(hosts, scope.get("server")):
             response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
             await _send(send, response, request_id, is_head=method == "HEAD")
@@ -119,8 +114,6 @@ class Dispatcher:
                 route = getattr(scope.get("route"), "path", UNMATCHED)
                 self._observe(_label(method), route, status, _since(started))
         else:
-            request = StrictRequest(scope, request_id, self._services)
-            request.path_value = value
             try:
                 if self._start_span is None:
                     response = await handler.respond(request, receive)

@@ -30,6 +30,7 @@ MAX_BODY_BYTES = 65_536
 
 _PLACE = re.compile(r" at (line \d+ column \d+)$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 
 
 class StrictRequest(Request):
@@ -46,10 +47,16 @@ class StrictRequest(Request):
         """What the application offers to its routes."""
         self.path_value = ""
         """The part of the path that the route leaves open."""
-        fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
-        self._fields = fields
-        self._last = dict(fields)
-        self._is_repeated = len(self._last) != len(fields)
+        self.query: dict[str, Any] = {}
+        self.body: Any = None
+        """The parsed body, and then the model of the route."""
+        self._fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        self._last = dict(self._fields)
+        self._is_repeated = len(self._last) != len(self._fields)
+
+    def has_header(self, name: bytes) -> bool:
+        """Whether there is a header field with this name, which is in lower case."""
+        return name in self._last
 
     def header_values(self, name: bytes) -> list[bytes]:
         """The values of all header fields with this name, which is in lower case."""
@@ -61,7 +68,7 @@ class StrictRequest(Request):
         """The same as text (RFC 9110, section 5.5)."""
         return [value.decode("latin-1") for value in self.header_values(name)]
 
-    def query(self, known: Sequence[str]) -> dict[str, str]:
+    def read_query(self, known: Sequence[str]) -> dict[str, str]:
         """The query. Raises `Refused` for a parameter that is not `known` or is repeated."""
         text = self.scope["query_string"]
         if not text:
@@ -77,9 +84,9 @@ class StrictRequest(Request):
             raise invalid_field("query", twice, "must be sent only once")
         return found
 
-    async def json_body(self, receive: Receive) -> Any:
+    async def read_json(self, receive: Receive) -> Any:
         """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
-        if self.header_values(b"content-type") != [b"application/json"]:
+        if self._is_repeated or self._last.get(b"content-type") != b"application/json":
             check_content_type(self.header_texts(b"content-type"))
         if b"content-encoding" in self._last:
             check_content_encoding(self.header_texts(b"content-encoding"))
@@ -91,20 +98,18 @@ class StrictRequest(Request):
 
     async def _read(self, receive: Receive) -> bytes:
         length = self._last.get(b"content-length", b"")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+        if len(length) > _PLAIN_DIGITS and length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise Refused(PAYLOAD_TOO_LARGE)
-        chunks, size, more = [], 0, True
+        body, more = b"", True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > MAX_BODY_BYTES:
+            body += message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
                 raise Refused(PAYLOAD_TOO_LARGE)
-            chunks.append(chunk)
             more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return body
 
 
 def check_content_type(values: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -73,11 +74,9 @@ class Handler:
         self._run: Callable[..., Awaitable[RawResponse]] = route.endpoint
         self._read: list[tuple[str, Callable[[StrictRequest], Any]]] = []
         self._query: dict[str, TypeAdapter[Any]] = {}
-        self._body = ""
-        self._model: TypeAdapter[Any] | None = None
-        for name, parameter in inspect.signature(
-            route.endpoint, eval_str=True
-        ).parameters.items():
+        self._to_model: Callable[[Any], Any] | None = None
+        signature = inspect.signature(route.endpoint, eval_str=True)
+        for name, parameter in signature.parameters.items():
             annotation = parameter.annotation
             metadata = getattr(annotation, "__metadata__", ())
             dependency = next((each for each in metadata if isinstance(each, Depends)), None)
@@ -86,33 +85,33 @@ class Handler:
             elif dependency is not None and dependency.dependency is not None:
                 self._read.append((name, _reader(dependency.dependency)))
             elif route.body_field is not None and name == route.body_field.name:
-                self._body, self._model = name, TypeAdapter(annotation)
+                self._read.append((name, _body))
+                self._to_model = TypeAdapter(annotation).validator.validate_python
             else:
+                read = partial(_query_value, name, parameter.default)
+                self._read.append((name, read))
                 self._query[name] = TypeAdapter(annotation)
         self._names = tuple(self._query)
 
     async def respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
         """Serve a request. Everything that fails becomes a problem; only `ClientDisconnect` is
         raised, when there is no one to answer."""
+        scope = request.scope
         try:
-            return await self._respond(request, receive)
+            if not self._is_public:
+                self._authorize(request)
+            if b"%" in scope.get("raw_path", b""):
+                raise Refused(NOT_FOUND)
+            if scope["query_string"]:
+                request.query = request.read_query(self._names)
+            if self._to_model is not None:
+                request.body = await request.read_json(receive)
+            self._validate(request)
+            return await self._run(**{name: read(request) for name, read in self._read})
         except ClientDisconnect:
             raise
         except Failure as error:
             return failed_response(error, request.request_id)
-
-    async def _respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
-        if not self._is_public:
-            self._authorize(request)
-        scope = request.scope
-        if b"%" in scope.get("raw_path", b""):
-            raise Refused(NOT_FOUND)
-        query = request.query(self._names) if scope["query_string"] else {}
-        body = None if self._model is None else await request.json_body(receive)
-        arguments = {name: read(request) for name, read in self._read}
-        if query or self._model is not None:
-            self._validate(arguments, query, body)
-        return await self._run(**arguments)
 
     def _authorize(self, request: StrictRequest) -> None:
         """Find out who sent the request. Raises `Refused` if the caller is unknown or has none
@@ -135,22 +134,33 @@ class Handler:
             raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
         request.caller = caller
 
-    def _validate(self, arguments: dict[str, Any], query: dict[str, str], body: Any) -> None:
-        """Add the query parameters and the body to the arguments. Raises `Refused` with all
-        that is wrong about them."""
+    def _validate(self, request: StrictRequest) -> None:
+        """Replace the query parameters and the body by what they mean. Raises `Refused` with
+        all that is wrong about them."""
         errors: list[dict[str, str]] = []
-        for name, text in query.items():
+        for name, text in request.query.items():
             try:
-                arguments[name] = self._query[name].validate_python(text)
+                request.query[name] = self._query[name].validate_python(text)
             except ValidationError as error:
                 errors += _field_errors("query", (name,), error)
-        if self._model is not None:
+        if self._to_model is not None:
             try:
-                arguments[self._body] = self._model.validate_python(body)
+                request.body = self._to_model(request.body)
             except ValidationError as error:
                 errors += _field_errors("body", (), error)
         if errors:
+            # A path or a header that is not valid comes first.
+            for _, read in self._read:
+                read(request)
             raise invalid_fields(errors[:MAX_FIELD_ERRORS])
+
+
+def _query_value(name: str, default: Any, request: StrictRequest) -> Any:
+    return request.query.get(name, default)
+
+
+def _body(request: StrictRequest) -> Any:
+    return request.body
 
 
 def _reader(dependency: Callable[..., Any]) -> Callable[[StrictRequest], Any]:

@@ -8,12 +8,16 @@ from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.session import Session
 from app.observability.audit import NOBODY, Actor, AuditLog
-from app.observability.logs import get_logger, short
+from app.observability.logs import LogLimit, get_logger, short
 from app.observability.metrics import Metrics
 from app.store.contract import Swept
 
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
+
+
+DENIALS_PER_SEC = 10
+"""Log lines about denied calls of one code in a second."""
 
 
 class Events:
@@ -27,6 +31,7 @@ class Events:
         self._audit = audit
         self._log_admissions = log_admissions
         self._log = get_logger()
+        self._denials = LogLimit(DENIALS_PER_SEC)
 
     def started(self) -> None:
         """Report that the service has started."""
@@ -82,15 +87,18 @@ class Events:
         # Not `.value`, which is a function call: this runs for every admission.
         operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
         if isinstance(decision, Denied):
-            self._metrics.decisions[operation, decision.code.value] += 1
-            self._log.info(
-                "calls denied",
-                session_id=short(session_id),
-                operation=operation,
-                calls=len(admission.tool_names),
-                reason=decision.code.value,
-                violations=[violation.code.value for violation in decision.violations],
-            )
+            code = decision.code.value
+            self._metrics.decisions[operation, code] += 1
+            if self._denials.admits(code):
+                self._log.info(
+                    "calls denied",
+                    request_id=actor.request_id,
+                    session_id=short(session_id),
+                    operation=operation,
+                    calls=len(admission.tool_names),
+                    reason=code,
+                    violations=[violation.code.value for violation in decision.violations],
+                )
             return
         outcome = "replayed" if decision.replayed else "admitted"
         self._metrics.decisions[operation, outcome] += 1

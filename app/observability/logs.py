@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, TextIO, cast
 
@@ -31,6 +33,33 @@ def _escape_controls(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         if isinstance(value, str) and not value.isprintable() and key != "exception":
             event[key] = value.encode("unicode_escape").decode("ascii")
     return event
+
+
+class LogLimit:
+    """Lets through a few log lines of each kind a second, and counts those it leaves out."""
+
+    def __init__(self, per_sec: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_sec = per_sec
+        self._clock = clock
+        self._second = 0
+        self._lines: dict[str, int] = {}
+
+    def admits(self, kind: str) -> bool:
+        """Whether a line of this kind may be written now."""
+        second = int(self._clock())
+        if second != self._second:
+            self._report()
+            self._second = second
+        lines = self._lines[kind] = self._lines.get(kind, 0) + 1
+        return lines <= self._per_sec
+
+    def _report(self) -> None:
+        for kind, lines in self._lines.items():
+            if lines > self._per_sec:
+                get_logger().info(
+                    "log lines left out", reason=kind, lines=lines - self._per_sec
+                )
+        self._lines.clear()
 
 
 class _StandardError:

@@ -1,5 +1,5 @@
-"""The same handlers, whichever way a request comes: through the dispatcher, or through FastAPI's
-router when the service is mounted in another application."""
+"""The same handlers, whichever way a request comes: through the dispatcher, or through FastAPI
+when the service is mounted in another application."""
 
 from __future__ import annotations
 

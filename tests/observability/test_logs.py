@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.observability.logs import configure_logs, get_logger
+from app.observability.logs import LogLimit, configure_logs, get_logger
 from tests.conftest import MakeApi
 from tests.support import AGENT, session_request
 
@@ -122,3 +122,24 @@ def test_records_below_the_level_are_dropped(
     told = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     order = ["debug", "info", "warning", "error"]
     assert told == order[order.index(level) :]
+
+
+def test_denials_are_logged_a_few_times_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "info")
+    now = [100.0]
+    limit = LogLimit(2, lambda: now[0])
+
+    admitted = [limit.admits("rate_limited") for _ in range(5)]
+    others = [limit.admits("session_closed") for _ in range(2)]
+    now[0] += 1
+    again = limit.admits("rate_limited")
+
+    assert admitted == [True, True, False, False, False]
+    assert others == [True, True]
+    assert again
+    (told,) = lines(capsys)
+    assert (told["event"], told["reason"], told["lines"]) == (
+        "log lines left out",
+        "rate_limited",
+        3,
+    )
