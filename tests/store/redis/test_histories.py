@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,10 @@ class Died(BaseException):
     """The replica is gone."""
 
 
+_doomed: ContextVar[bool] = ContextVar("_doomed", default=False)
+"""Whether a replica may die in this verb. Its background tasks go on."""
+
+
 class UnreliableReplicas(SessionStore):
     """Two replicas, of which one may die before a verb, or lose the reply after it. Then the
     client tries again with any of them, and the two answers must fit together."""
@@ -68,17 +73,19 @@ class UnreliableReplicas(SessionStore):
 
         def submit_or_die(step: Step) -> Awaitable[Any]:
             nonlocal sent
-            sent += 1
-            if sent > at:
+            sent += _doomed.get()
+            if sent > at and _doomed.get():
                 raise Died
             return submit(step)
 
         replica._client.submit = submit_or_die  # type: ignore[method-assign,assignment]
+        token = _doomed.set(True)
         try:
             return await doing(replica)
         except Died:
             return None
         finally:
+            _doomed.reset(token)
             del replica._client.submit
 
     async def _do(
