@@ -53,6 +53,9 @@ CLOSED_AT_ONCE = 1000
 SURVEY_EVERY_SECS = 1.0
 """How old the total may be that `max_sessions` is compared with."""
 
+OPEN_ATTEMPTS = 3
+"""How often a start asks an engine that does not answer in time."""
+
 MOST_ATTEMPTS = 100
 """How often a change is tried while other changes of the same session get in between."""
 
@@ -78,21 +81,29 @@ class RedisStore(SessionStore):
     async def open(self) -> None:
         await self._client.open()
         try:
-            await self._check_layout()
-            await self._survey()
+            await self._prepare()
         except BaseException:
             await self._client.aclose()
             raise
         self._surveys = asyncio.create_task(self._survey_regularly())
 
+    async def _prepare(self) -> None:
+        # A busy engine may miss a deadline once. That need not fail a start.
+        for attempt in range(1, OPEN_ATTEMPTS + 1):
+            try:
+                await self._check_layout()
+                await self._survey()
+            except StoreUnavailable as error:
+                if attempt == OPEN_ATTEMPTS:
+                    raise StoreUnusable(
+                        f"cannot use {self._url}: it does not answer"
+                    ) from error
+            else:
+                return
+
     async def _check_layout(self) -> None:
-        try:
-            version = await self._client.run(
-                scripts.LAYOUT, (keys.LAYOUT,), keys.LAYOUT_VERSION
-            )
-            is_old = await self._client.exists(keys.OLD_LAYOUT)
-        except StoreUnavailable as error:
-            raise StoreUnusable(f"cannot use {self._url}: it does not answer") from error
+        version = await self._client.run(scripts.LAYOUT, (keys.LAYOUT,), keys.LAYOUT_VERSION)
+        is_old = await self._client.exists(keys.OLD_LAYOUT)
         if is_old or version.decode() != keys.LAYOUT_VERSION:
             raise StoreUnusable(
                 f"cannot use {self._url}: its keys were written by another version of this "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +16,7 @@ from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
 from app.domain.session import Session, SessionStatus
 from app.store.contract import IdempotencyKey, StoreLimits
+from app.store.redis.client import Step
 from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl
 from tests.engines import Server
@@ -379,6 +380,34 @@ class TestNetwork:
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
         assert decision.session.usage.calls_made == 3
+
+    async def test_a_start_survives_an_engine_that_is_slow_once(self, server: Server) -> None:
+        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
+        submit_all, failures = store._client.submit_all, [StoreUnavailable()]
+
+        async def slow_once(steps: Sequence[Step]) -> list[Any]:
+            if failures:
+                raise failures.pop()
+            return await submit_all(steps)
+
+        store._client.submit_all = slow_once  # type: ignore[method-assign]
+        await store.open()
+
+        assert isinstance(await store.create(a_grant()), Admitted)
+        await store.aclose()
+
+    async def test_a_start_over_an_engine_that_never_answers_fails(
+        self, server: Server
+    ) -> None:
+        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
+
+        async def never(_: Sequence[Step]) -> list[Any]:
+            raise StoreUnavailable
+
+        store._client.submit_all = never  # type: ignore[method-assign]
+
+        with pytest.raises(StoreUnusable, match="does not answer"):
+            await store.open()
 
     async def test_a_reset_connection_is_replaced(
         self, store: RedisStore, proxy: FaultProxy
