@@ -70,10 +70,8 @@ class StrictRequest(Request):
 
     def read_query(self, known: Sequence[str]) -> dict[str, str]:
         """The query. Raises `Refused` for a parameter that is not `known` or is repeated."""
-        text = self.scope["query_string"]
-        if not text:
-            return {}
-        pairs = parse_qsl(text.decode("latin-1"), keep_blank_values=True)
+        text = self.scope["query_string"].decode("latin-1")
+        pairs = parse_qsl(text, keep_blank_values=True)
         found = dict(pairs)
         if not found.keys() <= set(known):
             takes = f"use {', '.join(sorted(known))}" if known else "there are none here"

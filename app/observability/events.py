@@ -15,7 +15,6 @@ from app.store.contract import Swept
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
 
-
 DENIALS_PER_SEC = 10
 """Log lines about denied calls of one code in a second."""
 

@@ -1,5 +1,5 @@
-"""What only the store in Redis or Valkey has: an engine that fails, a network that loses, and
-replicas that die between two slots."""
+"""What only the store in Redis or Valkey has: an engine that fails, and a network that loses
+replies."""
 
 from __future__ import annotations
 
@@ -135,6 +135,34 @@ class TestStart:
 
         with pytest.raises(StoreUnusable, match=f"{server.port}: there is no connection"):
             await connected(server.url)
+
+    async def test_a_start_survives_an_engine_that_is_slow_once(self, server: Server) -> None:
+        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
+        submit_all, failures = store._client.submit_all, [StoreUnavailable()]
+
+        async def slow_once(steps: Sequence[Step]) -> list[Any]:
+            if failures:
+                raise failures.pop()
+            return await submit_all(steps)
+
+        store._client.submit_all = slow_once  # type: ignore[method-assign]
+        await store.open()
+
+        assert isinstance(await store.create(a_grant()), Admitted)
+        await store.aclose()
+
+    async def test_a_start_over_an_engine_that_never_answers_fails(
+        self, server: Server
+    ) -> None:
+        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
+
+        async def never(_: Sequence[Step]) -> list[Any]:
+            raise StoreUnavailable
+
+        store._client.submit_all = never  # type: ignore[method-assign]
+
+        with pytest.raises(StoreUnusable, match="does not answer"):
+            await store.open()
 
 
 class TestKeys:
@@ -380,34 +408,6 @@ class TestNetwork:
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
         assert decision.session.usage.calls_made == 3
-
-    async def test_a_start_survives_an_engine_that_is_slow_once(self, server: Server) -> None:
-        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
-        submit_all, failures = store._client.submit_all, [StoreUnavailable()]
-
-        async def slow_once(steps: Sequence[Step]) -> list[Any]:
-            if failures:
-                raise failures.pop()
-            return await submit_all(steps)
-
-        store._client.submit_all = slow_once  # type: ignore[method-assign]
-        await store.open()
-
-        assert isinstance(await store.create(a_grant()), Admitted)
-        await store.aclose()
-
-    async def test_a_start_over_an_engine_that_never_answers_fails(
-        self, server: Server
-    ) -> None:
-        store = RedisStore(RedisUrl.parse(server.url), StoreLimits())
-
-        async def never(_: Sequence[Step]) -> list[Any]:
-            raise StoreUnavailable
-
-        store._client.submit_all = never  # type: ignore[method-assign]
-
-        with pytest.raises(StoreUnusable, match="does not answer"):
-            await store.open()
 
     async def test_a_reset_connection_is_replaced(
         self, store: RedisStore, proxy: FaultProxy

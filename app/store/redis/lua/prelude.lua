@@ -84,8 +84,8 @@ local function load(key, ...)
   return session, raw
 end
 
--- What a caller is told: an outcome, the revision, the usage, and the terms unless it knows this
--- revision.
+-- The reply: an outcome, the revision and the usage, and the terms unless the caller has this
+-- revision already.
 local function reply(outcome, session, key, known_rev)
   local usage = struct.pack(USAGE, session.made, session.start, session.calls, session.now)
   if tonumber(known_rev) == session.rev then
