@@ -112,9 +112,10 @@ class RedisStore(SessionStore):
 
     @override
     async def aclose(self) -> None:
-        self._surveys.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._surveys
+        # Again until it ends: a gather whose part fails at the same moment loses the first.
+        while not self._surveys.done():
+            self._surveys.cancel()
+            await asyncio.wait([self._surveys], timeout=1)
         await self._client.aclose()
 
     @override
