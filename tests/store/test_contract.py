@@ -703,6 +703,19 @@ class TestSweep:
         assert [each.expired + each.closed for each in slices] == [3, 3, 3, 1]
         assert [each.more for each in slices] == [True, True, True, False]
 
+    async def test_a_sweep_removes_what_falls_due_while_it_runs(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(retention_secs=0)
+        for number, secs in enumerate([1, 1, 2, 2, 2]):
+            await opened(store, a_grant(agent_id=f"agent-{number}", time_limit_secs=secs))
+        clock.advance(1)
+        first = await store.cleanup_expired(1)
+        clock.advance(1)
+
+        assert (first.expired, first.more) == (1, True)
+        assert await sweep(store) == 4
+
     async def test_a_session_is_swept_with_its_idempotency_keys(
         self, make_store: MakeStore
     ) -> None:

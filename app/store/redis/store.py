@@ -359,7 +359,8 @@ class RedisStore(SessionStore):
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
-        if not self._due:
+        is_fresh = not self._due
+        if is_fresh:
             await self._survey()
         asked: dict[str, int] = {}
         for cell, due in self._due.items():
@@ -385,6 +386,9 @@ class RedisStore(SessionStore):
                 self._due.pop(cell, None)
             else:
                 self._due[cell] = left
+        if not self._due and not is_fresh:
+            # What fell due since the last survey is due as well.
+            await self._survey()
         return Swept(expired_ones, closed_ones, more=bool(self._due))
 
 
