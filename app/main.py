@@ -63,6 +63,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     limits = Limits(
         connections=settings.max_connections,
         requests_in_flight=settings.max_requests_in_flight,
+        queue_delay_secs=settings.max_queue_delay_secs,
         request_timeout_secs=settings.request_timeout_secs,
         keep_alive_secs=settings.keep_alive_secs,
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
+from app.server.queue import RequestQueue, Waiter
 
 HEALTH_PATHS = frozenset({b"/livez", b"/readyz", b"/healthz"})
 """Served under any load."""
@@ -37,11 +39,12 @@ class Limits:
 
     connections: int = 4096
     requests_in_flight: int = 64
+    queue_delay_secs: float = 0.1
     request_timeout_secs: float = 10
     keep_alive_secs: float = 75
 
 
-class Connection(Protocol):
+class Connection(Waiter, Protocol):
     """A connection as the gate sees it."""
 
     deadline: float
@@ -56,6 +59,9 @@ class Connection(Protocol):
     def drop(self) -> None:
         """Close at once, to make room."""
 
+    def start(self) -> None:
+        """Serve the request that has waited for its turn."""
+
 
 class Gate:
     """Counts connections and requests, and watches the deadlines of connections."""
@@ -65,6 +71,7 @@ class Gate:
         metrics: Metrics,
         limits: Limits,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
         self.request_timeout_secs = limits.request_timeout_secs
@@ -72,6 +79,7 @@ class Gate:
         self.draining = False
         """Whether the service is stopping: every response then closes its connection."""
         self.max_requests_in_flight = limits.requests_in_flight
+        self.queue: RequestQueue[Connection] = RequestQueue(limits.queue_delay_secs, clock)
         self._max_connections = _room_for(limits.connections)
         self._sleep = sleep
         self._connections: set[Connection] = set()
@@ -102,8 +110,18 @@ class Gate:
         surplus = SURPLUS_CLOSINGS if method == b"DELETE" else 0
         return self.metrics.requests_in_flight < self.max_requests_in_flight + surplus
 
+    def release(self) -> None:
+        """Count one request less in flight, and start the one that has waited longest."""
+        self.metrics.requests_in_flight -= 1
+        if self.queue and self.metrics.requests_in_flight < self.max_requests_in_flight:
+            waiter = self.queue.take()
+            if waiter is not None:
+                waiter.start()
+
     def reap(self, now: float) -> None:
-        """Call `on_deadline` where it is due at `now`, on the event loop's clock."""
+        """Call `on_deadline` where it is due at `now`, on the event loop's clock. Shed what
+        has waited too long in the queue."""
+        self.queue.shed_overdue()
         crowded = len(self._connections) > self._max_connections * 3 // 4
         hurry = max(self.keep_alive_secs - CROWDED_KEEP_ALIVE_SECS, 0) if crowded else 0
         for connection in [*self._connections, *self._surplus]:

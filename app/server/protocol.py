@@ -91,6 +91,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._task: asyncio.Task[None] | None = None
         self._in_flight = False
+        self._queued: RequestResponseCycle | None = None
         self._reason: Refused | None = None
         self._refused: Refused | None = None
         self._answered = self._client_ended = False
@@ -123,7 +124,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._gate.leave(self)
         if self._running is not None:
             self._running.disconnected = True
-        if self._in_flight and self._task is not None:
+        if self._queued is not None:
+            self._queued, self._in_flight = None, False
+        elif self._in_flight and self._task is not None:
             # The client has gone, but the request stays in flight until its task is done.
             self._task.add_done_callback(self._release)
 
@@ -241,8 +244,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._check_head_size()
         if self._in_flight:
             self._check_pipeline()
-        elif self._metrics.requests_in_flight >= self._max_in_flight and not self._has_capacity(
-            self.parser.get_method(), self.url
+        elif self._metrics.requests_in_flight >= self._max_in_flight and not (
+            self._has_capacity(self.parser.get_method(), self.url) or self._can_wait()
         ):
             # With these it would be uncertain where the next message begins.
             ends = self.expect_100_continue or b"transfer-encoding" in fields
@@ -322,10 +325,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle is not self._running:
                 # It waits for earlier messages.
                 return
-            full = self._metrics.requests_in_flight >= self._max_in_flight
-            if not full or self._has_capacity_for(cycle):
-                self._serve(cycle)
-            elif not self._shed_whole(cycle):
+            if not self._accept(cycle):
                 self._stop(Refused(OVERLOADED))
 
     # Serving and shedding.
@@ -338,6 +338,41 @@ class LimitedProtocol(HttpToolsProtocol):
         if cycle.waiting_for_100_continue:
             cycle.waiting_for_100_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _accept(self, cycle: RequestResponseCycle) -> bool:
+        """Serve a complete message, let it wait for its turn, or shed it. Return False if the
+        connection must be closed instead."""
+        full = self._metrics.requests_in_flight >= self._max_in_flight
+        if not full or self._has_capacity_for(cycle):
+            self._serve(cycle)
+        elif self._can_wait():
+            self._queued, self._in_flight = cycle, True
+            self._gate.queue.join(self)
+        else:
+            return self._shed_whole(cycle)
+        return True
+
+    def start(self) -> None:
+        """Serve the request that has waited for its turn."""
+        cycle, self._queued = self._queued, None
+        if cycle is not None:
+            self._serve(cycle)
+
+    def shed(self) -> None:
+        """Shed the request that has waited too long."""
+        cycle, self._queued, self._in_flight = self._queued, None, False
+        if cycle is None or self._shed_whole(cycle):
+            self._serve_next()
+        else:
+            self._end_overloaded()
+
+    def _end_overloaded(self) -> None:
+        """Close the connection: its next message can be neither served nor shed."""
+        self.pipeline.clear()
+        if self._refused is None:
+            self._refuse(Refused(OVERLOADED))
+        else:
+            self._write_refusal(self._refused)
 
     def _serve(self, cycle: RequestResponseCycle) -> None:
         if self._gate.draining or self._ends:
@@ -357,15 +392,11 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._start_asgi_task(cycle, app)
                 break
             self._running = cycle
-            full = self._metrics.requests_in_flight >= self._max_in_flight
-            if not full or self._has_capacity_for(cycle):
-                self._serve(cycle)
+            if not self._accept(cycle):
+                self._end_overloaded()
                 return
-            if not self._shed_whole(cycle):
-                self.pipeline.clear()
-                if self._refused is None:
-                    self._refuse(Refused(OVERLOADED))
-                    return
+            if self._in_flight:
+                return
         if self._refused is not None:
             self._write_refusal(self._refused)
         elif self._client_ended:
@@ -380,6 +411,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if target.partition(b"?")[0] in HEALTH_PATHS:
             return True
         return self._within_limit and self._gate.has_capacity(method)
+
+    def _can_wait(self) -> bool:
+        return self._within_limit and self._gate.queue.has_room()
 
     def _has_capacity_for(self, cycle: RequestResponseCycle) -> bool:
         return self._has_capacity(cycle.scope["method"].encode(), cycle.scope["raw_path"])
@@ -411,7 +445,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _release(self, _: object = None) -> None:
         if self._in_flight:
             self._in_flight = False
-            self._metrics.requests_in_flight -= 1
+            self._gate.release()
 
     @override
     def on_response_complete(self) -> None:
@@ -441,6 +475,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.scope is not self.scope:
             return self.scope is not None
         return self.cycle.more_body
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the request waits in the gate's queue."""
+        return self._queued is not None
 
     def is_idle(self) -> bool:
         """Return whether it has answered a request and waits for the next."""

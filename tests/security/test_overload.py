@@ -1,9 +1,11 @@
 """Load shedding: more requests at once than the service accepts. A request that waits for the
-store is in flight; these tests pause the store."""
+store is in flight; these tests pause the store. In most of them no request waits for its turn,
+so that what comes over the limit is shed at once."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -31,6 +33,7 @@ def service(start_service: StartService, server: engines.Server) -> Service:
     return start_service(
         ARBITER_STORE_URL=server.url + PATIENTLY,
         ARBITER_MAX_REQUESTS_IN_FLIGHT=str(BOUND),
+        ARBITER_MAX_QUEUE_DELAY_SECS="0",
         ARBITER_REQUEST_TIMEOUT_SECS="60",
     )
 
@@ -236,3 +239,81 @@ def test_shed_requests_are_counted(full: Service, server: engines.Server) -> Non
     )
     assert found is not None
     assert float(found[1]) >= 5
+
+
+def call_request(path: str) -> bytes:
+    body = b'{"tool_name":"read_file"}'
+    return (
+        b"POST %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        % (path.encode(), len(body), body)
+    )
+
+
+def test_a_burst_is_served(start_service: StartService) -> None:
+    # The longest delay there is: how fast this machine is does not matter.
+    service = start_service(ARBITER_MAX_QUEUE_DELAY_SECS="60")
+    created = httpx.post(f"{service.url}/sessions", json=session_request(call_budget=50))
+    path = f"/sessions/{created.json()['session_id']}/calls"
+    with ExitStack() as stack:
+        connections = [stack.enter_context(service.connect()) for _ in range(1000)]
+        for each in connections:
+            each.sendall(call_request(path))
+        statuses = Counter(received_on(each)[9:12] for each in connections)
+
+    assert statuses == {b"200": 50, b"429": 950}
+
+
+@pytest.fixture
+def queueing(start_service: StartService, server: engines.Server) -> Service:
+    """A service where requests wait for up to a minute."""
+    return start_service(
+        ARBITER_STORE_URL=server.url + PATIENTLY,
+        ARBITER_MAX_REQUESTS_IN_FLIGHT=str(BOUND),
+        ARBITER_MAX_QUEUE_DELAY_SECS="60",
+    )
+
+
+def test_requests_wait_for_their_turn(queueing: Service, server: engines.Server) -> None:
+    keep_alive = READ.replace(b"Connection: close\r\n", b"")
+    with ExitStack() as stack:
+        server.pause()
+        held = [stack.enter_context(queueing.connect()) for _ in range(4 * BOUND)]
+        for connection in held:
+            connection.sendall(keep_alive + READ)
+        gone = [stack.enter_context(queueing.connect()) for _ in range(BOUND)]
+        for connection in gone:
+            connection.sendall(READ)
+        # Once this one is answered, those before it have been read.
+        assert httpx.get(f"{queueing.url}/livez").status_code == 200
+        for connection in gone:
+            connection.close()
+        server.resume()
+
+        statuses = [re.findall(rb"HTTP/1\.1 (\d+) ", received_on(each)) for each in held]
+
+    assert statuses == [[b"404", b"404"]] * len(held)
+    until(lambda: gauge(queueing, "arbiter_http_requests_in_flight") == 1)
+
+
+def test_requests_that_wait_too_long_are_shed(
+    start_service: StartService, server: engines.Server
+) -> None:
+    service = start_service(
+        ARBITER_STORE_URL=server.url + PATIENTLY,
+        ARBITER_MAX_REQUESTS_IN_FLIGHT=str(BOUND),
+        ARBITER_MAX_QUEUE_DELAY_SECS="0.05",
+    )
+    with ExitStack() as stack:
+        server.pause()
+        for _ in range(BOUND):
+            stack.enter_context(service.connect()).sendall(READ)
+        until(lambda: httpx.get(f"{service.url}/sessions").status_code == 503)
+
+        pipelined = service.exchange(LIST + READ)
+        plain = service.exchange(READ)
+        server.resume()
+
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", pipelined) == [b"503", b"503"]
+    assert b'"overloaded"' in plain
+    assert b"connection: close" in plain

@@ -14,6 +14,7 @@ class FakeConnection:
     def __init__(self, deadline: float = 10.0, *, idle: bool = False) -> None:
         self.deadline = deadline
         self.told: list[str] = []
+        self.is_waiting = True
         self._idle = idle
 
     def is_idle(self) -> bool:
@@ -24,6 +25,12 @@ class FakeConnection:
 
     def drop(self) -> None:
         self.told.append("drop")
+
+    def start(self) -> None:
+        self.told.append("start")
+
+    def shed(self) -> None:
+        self.told.append("shed")
 
 
 def gate_of(connections: int = 4, in_flight: int = 2) -> Gate:
@@ -94,3 +101,31 @@ def test_idle_connections_end_sooner_near_the_limit(held: int, told: list[str]) 
     gate.reap(2.0)
 
     assert (idle.told, busy.told) == (told, [])
+
+
+def test_a_request_that_ends_starts_the_one_that_waited_longest() -> None:
+    gate = gate_of(in_flight=2)
+    gate.metrics.requests_in_flight = 3
+    first, second = FakeConnection(), FakeConnection()
+    gate.queue.join(first)
+    gate.queue.join(second)
+
+    gate.release()
+    assert first.told == []  # one in flight was a DELETE over the limit
+    gate.release()
+
+    assert (first.told, second.told) == (["start"], [])
+
+
+def test_reaping_sheds_what_has_waited_too_long() -> None:
+    now = 0.0
+    gate = Gate(Metrics(), Limits(queue_delay_secs=0.25), clock=lambda: now)
+    connection = FakeConnection(deadline=99)
+    gate.queue.join(connection)
+    gate.reap(0)
+    assert connection.told == []
+
+    now = 0.3
+    gate.reap(0)
+
+    assert connection.told == ["shed"]

@@ -1,0 +1,80 @@
+"""Where requests wait while others are in flight, and how long they may.
+
+Overload is how long requests wait, not how many arrive at once: a burst that is served within
+the delay is no overload. Under overload a queue would only add its delay to every request
+served. So once a request has waited too long, none waits until the delay has passed without a
+refusal: like CoDel (RFC 8289), which drops while the delay of a queue stays high.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+
+class Waiter(Protocol):
+    """A connection whose request waits."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """False if the client has given up."""
+
+    def shed(self) -> None:
+        """Called when the request has waited too long."""
+
+
+W = TypeVar("W", bound=Waiter)
+
+
+class RequestQueue(Generic[W]):
+    """Requests that wait for their turn, oldest first."""
+
+    def __init__(
+        self, max_delay_secs: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_delay_secs = max_delay_secs
+        self._clock = clock
+        self._waiting: deque[tuple[float, W]] = deque()
+        self._refused_at = -math.inf
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def has_room(self) -> bool:
+        """Whether one more request may wait. If not, it counts as refused."""
+        waiting, now = self._waiting, self._clock()
+        while waiting and not waiting[0][1].is_waiting:
+            waiting.popleft()
+        delay = self._max_delay_secs
+        is_late = bool(waiting) and now - waiting[0][0] > delay
+        if is_late or now - self._refused_at <= delay or not delay:
+            self._refused_at = now
+            return False
+        return True
+
+    def join(self, waiter: W) -> None:
+        """Add a request at the end."""
+        self._waiting.append((self._clock(), waiter))
+
+    def shed_overdue(self) -> None:
+        """Shed what has waited longer than the maximum delay."""
+        now = self._clock()
+        waiting = self._waiting
+        while waiting and now - waiting[0][0] > self._max_delay_secs:
+            _, waiter = waiting.popleft()
+            if waiter.is_waiting:
+                self._refused_at = now
+                waiter.shed()
+
+    def take(self) -> W | None:
+        """Remove the oldest request and return its connection, after shedding what has waited
+        too long. Return None if nothing waits."""
+        self.shed_overdue()
+        while self._waiting:
+            _, waiter = self._waiting.popleft()
+            if waiter.is_waiting:
+                return waiter
+        return None
