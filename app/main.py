@@ -49,6 +49,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
         retention_secs=settings.retention_secs,
         max_sessions=settings.max_sessions,
         max_active_sessions_per_agent=settings.max_active_sessions_per_agent,
+        max_remembered_calls=settings.max_remembered_calls,
     )
     store = store or open_store(settings.store_url, store_limits)
     metrics = Metrics()

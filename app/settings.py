@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     max_time_limit_secs: Annotated[int, Field(ge=1, le=TEN_YEARS_SECS)] = 604_800
     max_active_sessions_per_agent: Annotated[int | None, Field(ge=0, le=1_000_000)] = None
     max_sessions: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
+    max_remembered_calls: Annotated[int, Field(ge=1, le=1_000_000_000)] = 2_000_000
     log_level: LogLevel = "info"
     log_format: LogFormat = Field(
         default_factory=lambda: "console" if sys.stderr.isatty() else "json"

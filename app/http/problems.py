@@ -120,10 +120,12 @@ SESSION_LIMIT_REACHED = ProblemType(
     "session_limit_reached",
     503,
     "Session limit reached",
-    "The store is full; nothing was created. Retry later, or raise ARBITER_MAX_SESSIONS.",
+    "The store is full; nothing was recorded. Retry later, or raise ARBITER_MAX_SESSIONS.",
     "Wait until sessions have ended and been removed. If the error persists, raise "
     "ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter ARBITER_RETENTION_SECS. "
-    "Creations with an Idempotency-Key are remembered for 24 hours, up to the same number.",
+    "Creations with an Idempotency-Key are remembered for 24 hours, up to the same number for "
+    "one caller. The memory store remembers ARBITER_MAX_REMEMBERED_CALLS calls with a "
+    "key, half of them for one caller.",
     "No new task can be started right now; try again later.",
 )
 OVERLOADED = ProblemType(

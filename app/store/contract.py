@@ -32,10 +32,16 @@ CREATION_REPLAY_SECS = 24 * 3600
 """How long a creation can be replayed with its idempotency key."""
 
 TOO_MANY_CREATIONS = (
-    "The store cannot remember another creation with an Idempotency-Key; nothing was created. "
-    "Retry later, omit the key, or raise ARBITER_MAX_SESSIONS."
+    "The store cannot remember another creation with this caller's Idempotency-Key; nothing "
+    "was created. Retry later, omit the key, or raise ARBITER_MAX_SESSIONS."
 )
 """The message of `SessionLimitReached` when the key of a creation cannot be remembered."""
+
+TOO_MANY_CALLS = (
+    "The store cannot remember another call with this caller's Idempotency-Key; nothing was "
+    "recorded. Retry later, omit the key, or raise ARBITER_MAX_REMEMBERED_CALLS."
+)
+"""The message of `SessionLimitReached` when the key of a call cannot be remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,17 @@ class StoreLimits:
 
     retention_secs: int = 300
     max_sessions: int = 1_000_000
-    """The most sessions in the store, including ended ones not yet removed. Creations that
-    are remembered by idempotency key have the same limit, counted separately."""
+    """The most sessions in the store, including ended ones not yet removed."""
     max_active_sessions_per_agent: int | None = None
+    max_remembered_calls: int = 2_000_000
+    """How many calls with idempotency keys a store keeps in memory. Stores that keep them
+    elsewhere are limited by the disk or the engine."""
+
+    @property
+    def max_remembered_creations(self) -> int:
+        """How many creations are remembered by idempotency key. One caller alone may have half
+        of them (`FairShare`), which is as many as there may be sessions."""
+        return 2 * self.max_sessions
 
 
 class IdempotencyKey(NamedTuple):
@@ -124,8 +138,8 @@ class SessionStore(ABC):
         `too_many_sessions`, with `limit` and `used`. Sessions past their deadline do not
         count, swept or not. Look-up, count and creation are one atomic step.
 
-        Raises `SessionLimitReached` if the store is full: it holds `max_sessions` sessions
-        or, for a request with a key, remembers as many creations.
+        Raises `SessionLimitReached` if the store holds `max_sessions` sessions or, for a
+        request with a key, remembers as many creations as are the caller's share.
         """
 
     @abstractmethod
@@ -151,6 +165,8 @@ class SessionStore(ABC):
         session as it was then (`replayed`) and count nothing if the admission is equal,
         else `idempotency_conflict`. A dry run gives the same answer and records nothing,
         not even the key. The key of an empty batch is not remembered either.
+
+        Raises `SessionLimitReached` if an admission with a key cannot be remembered.
 
         The cost does not depend on the number of sessions or, for exact tool names, on the
         length of the allow-list.

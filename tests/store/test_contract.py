@@ -540,6 +540,28 @@ class TestCaps:
         again = await create(store, a_grant(), IdempotencyKey("proxy", "c"))
         assert isinstance(again, Admitted)
 
+    async def test_one_caller_leaves_room_for_the_creations_of_others(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(max_sessions=8, retention_secs=0)
+
+        async def create_until_refused(caller: str) -> int:
+            for number in range(9):
+                key = IdempotencyKey(caller, str(number))
+                try:
+                    await create(store, a_grant(time_limit_secs=1), key)
+                except SessionLimitReached:
+                    return number
+                clock.advance(1)
+                await sweep(store)
+            raise AssertionError("never refused")
+
+        assert await create_until_refused("greedy") == 8
+        assert await create_until_refused("late") == 4
+        clock.advance(24 * 3600)
+        await sweep(store)
+        assert await create(store, a_grant(), IdempotencyKey("greedy", "last"))
+
 
 class TestChange:
     async def test_a_transition_makes_the_next_revision(

@@ -31,6 +31,7 @@ from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
+    TOO_MANY_CALLS,
     TOO_MANY_CREATIONS,
     CreationKey,
     IdempotencyKey,
@@ -41,8 +42,11 @@ from app.store.contract import (
     Swept,
 )
 from app.store.cursor import FIRST, Cursor
+from app.store.fair_share import FairShare
 from app.store.memory.index import SessionIndex
 from app.store.memory.sharded import ShardedDict
+
+MAX_SHARED_ADMISSIONS = 1024
 
 _Replays = dict[IdempotencyKey, tuple[Admission, Session]]
 
@@ -71,7 +75,10 @@ class MemoryStore(SessionStore):
         # which comes first; its entry here is then skipped.
         self._closings: deque[tuple[int, str]] = deque()
         self._replays: ShardedDict[str, _Replays] = ShardedDict()
+        self._remembered_calls = FairShare(limits.max_remembered_calls)
+        self._admissions: dict[Admission, Admission] = {}
         self._creations: ShardedDict[_CreationId, _Creation] = ShardedDict()
+        self._remembered_creations = FairShare(limits.max_remembered_creations)
         self._forgettings: deque[tuple[int, _CreationId]] = deque()
 
     @classmethod
@@ -102,10 +109,10 @@ class MemoryStore(SessionStore):
             known = self._find_creation(grant.agent_id, idempotency, now)
             if known is not None:
                 return known
-        full = self._limits.max_sessions
-        if len(self._sessions) >= full:
+        if len(self._sessions) >= self._limits.max_sessions:
             raise SessionLimitReached
-        if idempotency is not None and len(self._creations) >= full:
+        remembered = self._remembered_creations
+        if idempotency is not None and not remembered.has_room(idempotency.caller):
             raise SessionLimitReached(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
@@ -117,6 +124,8 @@ class MemoryStore(SessionStore):
         self._open.add(session)
         if idempotency is not None:
             creation_id = idempotency.caller, grant.agent_id, idempotency.key
+            if self._creations.get(creation_id) is None:
+                remembered.add(idempotency.caller)
             forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
             self._creations[creation_id] = _Creation(session, idempotency.request, forget_at)
             self._forgettings.append((forget_at, creation_id))
@@ -162,14 +171,27 @@ class MemoryStore(SessionStore):
                 return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
         decision = decide(session, admission, now)
         if isinstance(decision, Admitted) and not dry_run:
-            sessions[session_id] = decision.session
             # Repeating an empty batch costs nothing, and its keys would be unbounded.
             if idempotency is not None and admission.tool_names:
-                replays = self._replays.get(session_id)
-                if replays is None:
-                    replays = self._replays[session_id] = {}
-                replays[idempotency] = (admission, decision.session)
+                self._remember(idempotency, admission, decision.session)
+            sessions[session_id] = decision.session
         return decision
+
+    def _remember(
+        self, idempotency: IdempotencyKey, admission: Admission, answer: Session
+    ) -> None:
+        remembered = self._remembered_calls
+        if not remembered.has_room(idempotency.caller):
+            raise SessionLimitReached(TOO_MANY_CALLS)
+        remembered.add(idempotency.caller)
+        # Many calls are equal. One object for all of them saves a third of the memory.
+        if len(self._admissions) >= MAX_SHARED_ADMISSIONS:
+            self._admissions.clear()
+        admission = self._admissions.setdefault(admission, admission)
+        replays = self._replays.get(answer.session_id)
+        if replays is None:
+            replays = self._replays[answer.session_id] = {}
+        replays[idempotency] = (admission, answer)
 
     @override
     async def change(self, session_id: str, transition: Transition) -> Session | Denied:
@@ -257,6 +279,7 @@ class MemoryStore(SessionStore):
             creation = self._creations.get(key)
             if creation is not None and creation.forget_at == forget_at:
                 self._creations.discard(key)
+                self._remembered_creations.add(key[0], -1)
         return Swept(removed[self._open], removed[self._closed], more=left <= 0)
 
     def _next_due(self, cutoff: int) -> tuple[str, SessionIndex] | None:
@@ -282,7 +305,8 @@ class MemoryStore(SessionStore):
             return 0
         dropped = min(limit, len(replays))
         for _ in range(dropped):
-            replays.popitem()
+            (caller, _), _ = replays.popitem()
+            self._remembered_calls.add(caller, -1)
         if not replays:
             self._replays.discard(session_id)
         return dropped

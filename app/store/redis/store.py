@@ -11,6 +11,7 @@ The time is the engine's.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -41,6 +42,7 @@ from app.store.contract import (
     Swept,
 )
 from app.store.cursor import FIRST, Cursor
+from app.store.fair_share import FairShare
 from app.store.redis import keys, replies, scripts
 from app.store.redis.client import ScriptClient, Step
 from app.store.redis.pages import Merge
@@ -69,7 +71,8 @@ class RedisStore(SessionStore):
         self._clock = clock
         self._client = ScriptClient(url)
         self._terms = TermsCache()
-        self._total_sessions = self._total_creations = 0
+        self._total_sessions = 0
+        self._remembered_creations = FairShare(limits.max_remembered_creations)
         self._due: dict[str, int] = {}
 
     @classmethod
@@ -142,6 +145,7 @@ class RedisStore(SessionStore):
         clock, session_key, _ = keys.session_keys(session_id)
         packed, text = replies.pack_terms(Terms(grant, 0, 0))
         limits, cap = self._limits, self._limits.max_active_sessions_per_agent
+        caller = "" if idempotency is None else idempotency.caller
         reply = await self._run(
             scripts.CREATE,
             (
@@ -157,8 +161,9 @@ class RedisStore(SessionStore):
             limits.retention_secs * 1000,
             "" if cap is None else cap,
             int(self._total_sessions >= limits.max_sessions),
-            int(self._total_creations >= limits.max_sessions),
+            int(not self._remembered_creations.has_room(caller)),
             "" if idempotency is None else idempotency.request,
+            caller,
             CREATION_REPLAY_SECS * MICROSECONDS,
             *replies.exact_tools(grant),
         )
@@ -175,7 +180,8 @@ class RedisStore(SessionStore):
         session = Session.opened(session_id, grant, reply[1])
         self._terms.keep(session_id, session.terms)
         self._total_sessions += 1
-        self._total_creations += idempotency is not None
+        if idempotency is not None:
+            self._remembered_creations.add(caller)
         return Admitted(session)
 
     @override
@@ -344,10 +350,14 @@ class RedisStore(SessionStore):
             self._step(scripts.DUE, keys.cell_keys(cell)[:1], retention) for cell in keys.CELLS
         ]
         found = await self._client.submit_all(steps)
+        creations: Counter[str] = Counter()
+        for _, _, by_caller in found:
+            for caller, remembered in zip(by_caller[::2], by_caller[1::2], strict=True):
+                creations[caller.decode()] += int(remembered)
         self._total_sessions = sum(sessions for sessions, _, _ in found)
-        self._total_creations = sum(creations for _, creations, _ in found)
+        self._remembered_creations = FairShare(self._limits.max_remembered_creations, creations)
         self._due = {
-            cell: due for cell, (_, _, due) in zip(keys.CELLS, found, strict=True) if due
+            cell: due for cell, (_, due, _) in zip(keys.CELLS, found, strict=True) if due
         }
 
     async def _survey_regularly(self) -> None:
@@ -372,7 +382,7 @@ class RedisStore(SessionStore):
             self._step(scripts.SWEEP, keys.cell_keys(cell)[:1], retention, most)
             for cell, most in asked.items()
         ]
-        expired_ones = closed_ones = 0
+        expired_ones = closed_ones = forgotten = 0
         found = await self._client.submit_all(steps)
         for (cell, most), (expired, closed, creations) in zip(
             asked.items(), found, strict=True
@@ -380,14 +390,14 @@ class RedisStore(SessionStore):
             expired_ones += expired
             closed_ones += closed
             self._total_sessions -= expired + closed
-            self._total_creations -= creations
+            forgotten += creations
             left = self._due.get(cell, 0) - most
             if expired + closed + creations < most or left <= 0:
                 self._due.pop(cell, None)
             else:
                 self._due[cell] = left
-        if not self._due and not is_fresh:
-            # What fell due since the last survey is due as well.
+        if not self._due and (forgotten or not is_fresh):
+            # Who has room now, and what fell due since the last survey.
             await self._survey()
         return Swept(expired_ones, closed_ones, more=bool(self._due))
 

@@ -263,9 +263,9 @@ class Queries:
         session = Session.opened(session_id, to_grant(terms), created_at)
         return Creation(session, request, forget_at)
 
-    def count_creations(self) -> int:
-        """The number of remembered creations, found by a scan."""
-        return self._number("SELECT count(*) FROM creations")
+    def count_creations(self) -> dict[str, int]:
+        """How many creations are remembered for each caller, found by a scan."""
+        return dict(self._db.execute("SELECT caller, count(*) FROM creations GROUP BY caller"))
 
     def remember_creation(
         self, idempotency: CreationKey, session: Session, forget_at: int
@@ -287,13 +287,15 @@ class Queries:
             ),
         )
 
-    def forget_creations(self, now: int, limit: int) -> int:
-        """Drop at most `limit` creations that are due to be forgotten. Return how many."""
-        return self._db.execute(
+    def forget_creations(self, now: int, limit: int) -> list[str]:
+        """Drop at most `limit` creations that are due to be forgotten. Return the caller of
+        each."""
+        dropped = self._db.execute(
             "DELETE FROM creations WHERE rowid IN"
-            " (SELECT rowid FROM creations WHERE forget_at <= ? LIMIT ?)",
+            " (SELECT rowid FROM creations WHERE forget_at <= ? LIMIT ?) RETURNING caller",
             (now, limit),
-        ).rowcount
+        )
+        return [caller for (caller,) in dropped]
 
     # The clock
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from app.store.contract import (
     Swept,
 )
 from app.store.cursor import FIRST, Cursor
+from app.store.fair_share import FairShare
 from app.store.sqlite.queries import Creation, Queries
 
 RESERVED_SECS = 1
@@ -45,7 +46,8 @@ class _Tally(NamedTuple):
 
     sessions: int
     open: int
-    creations: int
+    creations: FairShare
+    """Never changed, only replaced, so that a transaction can be rolled back."""
 
 
 class Transactions:
@@ -65,7 +67,9 @@ class Transactions:
         self._reserved_until = tables.reserved_until()
         self._ahead = max(0, self._reserved_until - clock())
         self._tally = _Tally(
-            tables.count_sessions(), tables.count_open(), tables.count_creations()
+            tables.count_sessions(),
+            tables.count_open(),
+            FairShare(limits.max_remembered_creations, tables.count_creations()),
         )
 
     @contextmanager
@@ -104,23 +108,27 @@ class Transactions:
         self._queries.reserve(until)
         self._reserved_until = until
 
-    def _count(self, *, sessions: int = 0, opened: int = 0, creations: int = 0) -> None:
+    def _count(self, *, sessions: int = 0, opened: int = 0) -> None:
         tally = self._tally
-        self._tally = _Tally(
-            tally.sessions + sessions, tally.open + opened, tally.creations + creations
-        )
+        self._tally = _Tally(tally.sessions + sessions, tally.open + opened, tally.creations)
+
+    def _count_creations(self, n: int, callers: Iterable[str]) -> None:
+        """Count `n` creations more for each of `callers`, or fewer if it is negative."""
+        creations = self._tally.creations.copy()
+        for caller in callers:
+            creations.add(caller, n)
+        self._tally = self._tally._replace(creations=creations)
 
     def create(self, grant: Grant, idempotency: CreationKey | None) -> Admitted | Denied:
         """See `SessionStore.create`."""
-        now, full = self.now(), self._limits.max_sessions
-        known = None
+        now, known = self.now(), None
         if idempotency is not None:
             known = self._queries.creation(grant.agent_id, idempotency)
             if known is not None and now < known.forget_at:
                 return _replay(known, idempotency)
-        if self._tally.sessions >= full:
+        if self._tally.sessions >= self._limits.max_sessions:
             raise SessionLimitReached
-        if idempotency is not None and self._tally.creations >= full:
+        if idempotency is not None and not self._tally.creations.has_room(idempotency.caller):
             raise SessionLimitReached(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
@@ -134,7 +142,8 @@ class Transactions:
             forget_at = now + CREATION_REPLAY_SECS * MICROSECONDS
             self._queries.remember_creation(idempotency, session, forget_at)
             # A known creation is over 24 hours old but not yet swept, and has been replaced.
-            self._count(creations=1 if known is None else 0)
+            if known is None:
+                self._count_creations(1, [idempotency.caller])
         return Admitted(session)
 
     def find_creation(
@@ -241,8 +250,9 @@ class Transactions:
                 break
         self._count(sessions=-closed_ones - expired_ones, opened=-expired_ones)
         forgotten = self._queries.forget_creations(now, left)
-        self._count(creations=-forgotten)
-        return Swept(expired_ones, closed_ones, more=left - forgotten <= 0)
+        if forgotten:
+            self._count_creations(-1, forgotten)
+        return Swept(expired_ones, closed_ones, more=left - len(forgotten) <= 0)
 
 
 def _replay(known: Creation, idempotency: CreationKey) -> Admitted | Denied:

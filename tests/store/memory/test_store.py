@@ -8,7 +8,8 @@ from types import FrameType
 
 import pytest
 
-from app.domain.admission import Admission
+from app.domain.admission import Admission, Admitted
+from app.domain.errors import SessionLimitReached
 from app.domain.session import MICROSECONDS
 from app.store.clock import anchored_clock
 from app.store.contract import IdempotencyKey, StoreLimits
@@ -62,6 +63,35 @@ async def test_an_admission_scans_neither_sessions_nor_tools() -> None:
             found.add(await work(store, session.session_id, admission))
 
     assert len(found) == 1
+
+
+@pytest.mark.anyio
+async def test_remembered_calls_are_bounded_and_shared_by_callers() -> None:
+    store = MemoryStore(StoreLimits(retention_secs=0, max_remembered_calls=8))
+    session = await opened(store, a_grant(call_budget=100))
+
+    async def call_until_refused(caller: str) -> int:
+        for number in range(9):
+            key = IdempotencyKey(caller, str(number))
+            try:
+                await store.record(session.session_id, a_call(), key)
+            except SessionLimitReached:
+                return number
+        raise AssertionError("never refused")
+
+    assert await call_until_refused("greedy") == 4
+    assert await call_until_refused("late") == 2
+
+    again = await store.record(session.session_id, a_call(), IdempotencyKey("late", "0"))
+    assert isinstance(again, Admitted)
+    assert again.replayed
+    found = await store.get(session.session_id)
+    assert found is not None
+    assert found.usage.calls_made == 6
+    await close(store, session.session_id)
+    await store.cleanup_expired(100)
+    session = await opened(store)
+    assert await call_until_refused("late") == 4
 
 
 @pytest.mark.anyio

@@ -344,7 +344,8 @@ class TestFailingCommits:
 
         assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
         assert await store.count_active() == 0
-        assert store._transactions._tally == (0, 0, 0)
+        tally = store._transactions._tally
+        assert (tally.sessions, tally.open, tally.creations.total) == (0, 0, 0)
 
     async def test_a_failed_creation_can_be_repeated(self, store: SqliteStore) -> None:
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()

@@ -2,8 +2,8 @@
 -- KEYS  clock, session, the agent's open sessions, the creation of an idempotency key
 -- ARGV  prefix, now, session id, terms as packed with an instant of 0, grant as text, lifetime in
 --       microseconds, retention in milliseconds, cap or '', '1' if the store is full, '1' if it
---       remembers too many creations, request digest or '', how long to remember in microseconds,
---       then exact tool names
+--       remembers too many creations of the caller, request digest or '', caller, how long to
+--       remember in microseconds, then exact tool names
 -- Returns {'created', instant}, {'replayed', id, instant, grant}, {'conflict'}, {'full'},
 -- {'creations_full'} or {'too_many', active}.
 
@@ -38,18 +38,21 @@ local fields = {
   'g', ARGV[5],
   'u', struct.pack(USAGE, 0, now, 0, now),
 }
-for i = 13, #ARGV do
+for i = 14, #ARGV do
   fields[#fields + 1] = '=' .. ARGV[i]
   fields[#fields + 1] = ''
 end
 redis.call('HSET', KEYS[2], unpack(fields))
 index(id, session, tonumber(ARGV[7]))
 if remember then
-  local forget_at, kept = whole(now + tonumber(ARGV[12])), tonumber(ARGV[12]) / 1000
+  local forget_at, kept = whole(now + tonumber(ARGV[13])), tonumber(ARGV[13]) / 1000
   redis.call('HSET', KEYS[4], 'forget_at', forget_at, 'request', ARGV[11], 'id', id, 'created',
     whole(now), 'grant', ARGV[5])
   redis.call('PEXPIRE', KEYS[4], whole(kept))
-  redis.call('ZADD', PREFIX .. 'creations', forget_at, KEYS[4])
+  if redis.call('ZADD', PREFIX .. 'creations', forget_at, KEYS[4] .. ARGV[12]) == 1 then
+    redis.call('HINCRBY', PREFIX .. 'creators', ARGV[12], 1)
+  end
   outlive(PREFIX .. 'creations', kept + MARGIN)
+  outlive(PREFIX .. 'creators', kept + MARGIN)
 end
 return {'created', now}

@@ -1,7 +1,7 @@
 -- How much a cell holds, and how much of it is due to be removed.
 -- KEYS  clock
 -- ARGV  prefix, now, retention in microseconds
--- Returns {sessions, remembered creations, due}.
+-- Returns {sessions, due, {caller, remembered creations, ...}}.
 
 local cutoff, sum = whole(now - tonumber(ARGV[3])), 0
 for _, name in ipairs({'open', 'closed', 'closings'}) do
@@ -9,4 +9,4 @@ for _, name in ipairs({'open', 'closed', 'closings'}) do
 end
 sum = sum + redis.call('ZCOUNT', PREFIX .. 'creations', '-inf', whole(now))
 return {redis.call('ZCARD', PREFIX .. 'open') + redis.call('ZCARD', PREFIX .. 'closed'),
-  redis.call('ZCARD', PREFIX .. 'creations'), sum}
+  sum, redis.call('HGETALL', PREFIX .. 'creators')}

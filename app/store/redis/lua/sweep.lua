@@ -26,9 +26,15 @@ for which, name in ipairs({'open', 'closed', 'closings'}) do
   end
 end
 if left > 0 then
-  for _, key in ipairs(due('creations', whole(now))) do
-    redis.call('UNLINK', key)
-    redis.call('ZREM', PREFIX .. 'creations', key)
+  -- The key of a creation, then its caller.
+  local key_chars = #PREFIX + #'creation:' + 64
+  for _, entry in ipairs(due('creations', whole(now))) do
+    local caller = entry:sub(key_chars + 1)
+    redis.call('UNLINK', entry:sub(1, key_chars))
+    redis.call('ZREM', PREFIX .. 'creations', entry)
+    if redis.call('HINCRBY', PREFIX .. 'creators', caller, -1) <= 0 then
+      redis.call('HDEL', PREFIX .. 'creators', caller)
+    end
     removed[3] = removed[3] + 1
   end
 end
