@@ -102,7 +102,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    services = Services(service, authenticator, shared_metrics)
+    services = Services(service, authenticator, shared_metrics, events)
     return build_application(services, lifespan, tracing)
 
 

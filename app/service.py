@@ -17,6 +17,7 @@ from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
 from app.domain.lifecycle import close
 from app.domain.session import (
     DEFAULT_TIME_LIMIT_SECS,
+    ClosedBy,
     DataSensitivity,
     Grant,
     Session,
@@ -144,7 +145,8 @@ class SessionService:
     async def close_session(self, session_id: str, actor: Actor) -> Session | Denied:
         """Close a session for good."""
         try:
-            outcome = await self._store.change(session_id, close)
+            by = ClosedBy(actor.caller)
+            outcome = await self._store.change(session_id, close(by))
         except _UNDECIDED as error:
             self._events.failed("close", error, actor, session_id=session_id)
             raise
@@ -175,12 +177,12 @@ class SessionService:
     async def close_agent_sessions(self, agent_id: str, actor: Actor) -> int:
         """The kill switch: close every active session of the agent. Return their number."""
         try:
-            closed = await self._store.close_sessions_for_agent(agent_id)
+            closed = await self._store.close_sessions_for_agent(agent_id, actor.caller)
         except _UNDECIDED as error:
             self._events.failed("close_agent", error, actor, agent_id=agent_id)
             raise
         self._events.agent_closed(agent_id, closed, actor)
-        return closed
+        return len(closed)
 
     def retire(self) -> None:
         """Keep serving, but report from now on that this process is not ready."""

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
+from app.api.openapi import Problem
+from app.api.problem_types import PROBLEM_TYPES
 from app.main import create_app
 from app.settings import Settings
 from app.store.clock import Clock
@@ -184,6 +187,28 @@ class Api:
         return int((await self.client.get(f"/sessions/{session_id}")).json()["calls_made"])
 
 
+_PROBLEM = Problem.model_json_schema()
+
+
+async def check_problem(answer: httpx.Response) -> None:
+    """Check a problem against its schema, its page and its headers."""
+    if answer.headers.get("content-type") != "application/problem+json":
+        return
+    await answer.aread()
+    if answer.request.method == "HEAD":
+        return
+    problem = answer.json()
+    jsonschema.validate(problem, _PROBLEM)
+    assert problem.keys() <= _PROBLEM["properties"].keys()
+    kind = PROBLEM_TYPES[problem["code"]]
+    assert (problem["type"], problem["title"]) == (kind.path, kind.title)
+    assert problem["status"] == answer.status_code == kind.status
+    assert answer.headers["x-should-retry"] == str(problem["retryable"]).lower()
+    assert problem["instance"] == f"/requests/{answer.headers['x-request-id']}"
+    waits = {"wait", "retry_with_same_key"}
+    assert problem["retryable"] == (problem["next_action"] in waits)
+
+
 MakeApi = Callable[..., Awaitable[Api]]
 
 
@@ -213,7 +238,11 @@ async def make_api(
             framework = app.framework
             await stack.enter_async_context(framework.router.lifespan_context(framework))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
+            client = httpx.AsyncClient(
+                transport=transport,
+                base_url="http://127.0.0.1:8000",
+                event_hooks={"response": [check_problem]},
+            )
             await stack.enter_async_context(client)
             return Api(client)
 

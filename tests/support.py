@@ -8,7 +8,7 @@ from typing import Any
 
 from app.domain import lifecycle
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
+from app.domain.session import MICROSECONDS, ClosedBy, DataSensitivity, Grant, Session
 from app.domain.tools import AllowList
 from app.store.codec import to_text
 from app.store.contract import CreationKey, IdempotencyKey, SessionStore
@@ -74,7 +74,12 @@ async def opened(store: SessionStore, grant: Grant | None = None) -> Session:
 
 
 async def close(store: SessionStore, session_id: str) -> Session | Denied:
-    return await store.change(session_id, lifecycle.close)
+    return await store.change(session_id, lifecycle.close(ClosedBy("ops")))
+
+
+async def kill(store: SessionStore, agent_id: str = AGENT) -> int:
+    """Use the kill switch. Return how many sessions it closed."""
+    return len(await store.close_sessions_for_agent(agent_id, "ops"))
 
 
 def session_request(**fields: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _decision_response(
     request: StrictRequest, decision: Admitted | Denied, *, minimal: bool
 ) -> RawResponse:
     if isinstance(decision, Denied):
-        return denied_response(decision, request.request_id)
+        return denied_response(decision, request)
     return admitted_response(decision, minimal=minimal)
 
 

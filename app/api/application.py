@@ -17,10 +17,13 @@ from starlette.types import Scope
 from app import __version__
 from app.api import admission, agents, operations, sessions
 from app.api.openapi import build_document
+from app.api.problem_types import DENIALS
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher, StartSpan
 from app.http.problems import METHOD_NOT_ALLOWED, NOT_FOUND, Refused, refused_response
 from app.http.route import to_starlette
+from app.observability.audit import Actor
+from app.observability.events import Events
 from app.observability.tracing import end_with, server_span
 from app.observability.workers import SharedMetrics
 from app.service import SessionService
@@ -28,6 +31,8 @@ from app.service import SessionService
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
 _ROUTERS = (sessions.router, admission.router, agents.router, operations.router)
+
+DENIAL_CODES = frozenset(kind.code for kind in DENIALS.values())
 
 _UNTRACED = {"/livez", "/readyz", "/healthz", "/metrics"}
 """Paths that machines request all the time."""
@@ -40,6 +45,13 @@ class Services:
     service: SessionService
     authenticator: Authenticator
     metrics: SharedMetrics
+    events: Events
+
+    def report_refused(self, code: str, caller: str, request_id: str, client: str) -> None:
+        """Report a request that was refused before it reached the service. A session that does
+        not exist is a denial like others."""
+        if code not in DENIAL_CODES:
+            self.events.refused(code, Actor(caller, request_id), client)
 
 
 def build_application(

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from pydantic_core import to_json
 
-from app.api.problem_types import DENIALS
-from app.domain.admission import Admitted, DenialCode, Denied, Violation
-from app.domain.session import MICROSECONDS, Grant, Session
+from app.api.problem_types import AGENT_MESSAGES, DENIALS
+from app.domain.admission import Admitted, Denied, Violation
+from app.domain.advice import DenialCode
+from app.domain.session import MICROSECONDS, Grant, Session, Terms
 from app.domain.tools import AllowList
+from app.http.auth import Caller, Scope
 from app.http.problems import problem_response
+from app.http.request import StrictRequest
 from app.http.response import Headers, RawResponse, json_response
 from app.store.contract import Page
 
@@ -162,31 +165,86 @@ def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
     return json_response(200, encode_session(admitted.session), headers)
 
 
-def denied_response(denied: Denied, request_id: str) -> RawResponse:
+def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
     """Return the problem response to a denial."""
+    kind = DENIALS[denied.code]
     members: dict[str, Any] = {
         "retryable": denied.retry_after_secs is not None,
         "next_action": denied.next_action.value,
         "violations": [_violation(each) for each in denied.violations],
     }
     headers: Headers = []
+    detail = None
+    if denied.violations:
+        detail = " ".join(map(_sentence, denied.violations))
+        members["agent_message"] = AGENT_MESSAGES[denied.next_action]
     if denied.retry_after_secs is not None:
         members["retry_after_secs"] = denied.retry_after_secs
         headers.append((b"retry-after", b"%d" % denied.retry_after_secs))
     if denied.limit is not None:
-        members |= {"limit": denied.limit, "used": denied.used}
-    if denied.session is not None and denied.code in _REPORTED_BY_RATE_HEADERS:
-        headers += rate_headers(denied.session)
-    return problem_response(DENIALS[denied.code], request_id, None, members, headers)
+        members |= {
+            "limit": denied.limit,
+            "used": denied.used,
+            "requested": denied.requested,
+        }
+        if denied.code is DenialCode.TOO_MANY_SESSIONS:
+            detail = f"The agent has {denied.used} active sessions of {denied.limit} allowed."
+    session = denied.session
+    if session is not None:
+        if denied.code in _REPORTED_BY_RATE_HEADERS:
+            headers += rate_headers(session)
+        elif denied.code is DenialCode.SESSION_CLOSED:
+            detail = _closing(session.terms, request.caller, members)
+        elif denied.code is DenialCode.SESSION_EXPIRED:
+            members["expires_at"] = expires_at = instant(session.terms.expires_at).decode()
+            detail = f"The session's time limit passed at {expires_at}."
+    return problem_response(kind, request.request_id, detail, members, headers)
 
 
 _REPORTED_BY_RATE_HEADERS = (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
 
 
+def _closing(terms: Terms, caller: Caller, members: dict[str, Any]) -> str:
+    """Add who closed a session to `members`, the name only for operators. Return the detail."""
+    closed_at = instant(terms.closed_at or 0).decode()
+    members["closed_at"] = closed_at
+    by = terms.closed_by
+    if by is None:
+        return f"The session was closed at {closed_at}."
+    members["closed_by"] = "kill_switch" if by.kill_switch else "close"
+    if by.actor and caller.may((Scope.OPERATE,)):
+        members["closed_by_key"] = by.actor
+    together = " together with all active sessions of its agent" if by.kill_switch else ""
+    return f"The session was closed at {closed_at}{together}."
+
+
+def _sentence(violation: Violation) -> str:
+    """What a violation is about, with its figures."""
+    limit, used = violation.limit, violation.used
+    if limit is not None and used is not None:
+        left = max(0, limit - used)
+        figures = f"{left} of {limit} calls left, {violation.requested} requested."
+        if violation.code is DenialCode.BUDGET_EXCEEDED:
+            return f"Call budget: {figures}"
+        return f"Rate window: {figures}"
+    if violation.ceiling is not None:
+        return f"Sensitivity: the session allows at most {violation.ceiling.value} data."
+    return (
+        "Tools: the allow-list does not cover those at the positions "
+        f"{', '.join(map(str, violation.tool_indexes))}."
+    )
+
+
 def _violation(violation: Violation) -> dict[str, Any]:
     entry: dict[str, Any] = {"code": violation.code.value}
     if violation.limit is not None:
-        entry |= {"limit": violation.limit, "used": violation.used}
+        entry |= {
+            "limit": violation.limit,
+            "used": violation.used,
+            "requested": violation.requested,
+        }
+    if violation.ceiling is not None:
+        entry["ceiling"] = violation.ceiling.value
     if violation.tool_indexes:
         entry["tool_indexes"] = violation.tool_indexes
     return entry

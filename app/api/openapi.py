@@ -3,6 +3,8 @@ make generated clients pleasant to use."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,8 +19,8 @@ from app.api.problem_types import (
     ProblemCode,
 )
 from app.api.schemas import Count
-from app.domain.admission import NextAction
-from app.domain.session import MAX_INT32
+from app.domain.advice import NextAction
+from app.domain.session import MAX_INT32, DataSensitivity
 from app.http.problems import (
     INSUFFICIENT_SCOPE,
     INTERNAL_ERROR,
@@ -47,15 +49,36 @@ to show to the agent.
 """
 
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+
 class Violation(BaseModel):
     """A rule that the request violates."""
 
     code: ProblemCode
     limit: Count = Field(default=0, description="The call budget or the rate limit.")
     used: Count = Field(default=0, description="How much of the limit is used.")
+    requested: Count = Field(default=0, description="How many calls the request makes.")
+    ceiling: DataSensitivity = Field(
+        default=DataSensitivity.INTERNAL, description="The highest tier that calls may touch."
+    )
     tool_indexes: list[Count] = Field(
         default=[], description="Positions in the batch, from 0, of tools that are not allowed."
     )
+
+
+class Outcome(StrEnum):
+    """What is known about a request that failed."""
+
+    NOT_RECORDED = "not_recorded"
+    UNKNOWN = "unknown"
+
+
+class ClosedBy(StrEnum):
+    """How a session was closed."""
+
+    CLOSE = "close"
+    KILL_SWITCH = "kill_switch"
 
 
 class FieldError(BaseModel):
@@ -74,14 +97,17 @@ class Problem(BaseModel):
     status: Count
     code: ProblemCode = Field(description="The code that programs should act on.")
     detail: str = Field(description="What happened, for people.")
-    instance: str = Field(description="Identifies this occurrence.")
-    request_id: str
-    retryable: bool = Field(
-        default=False, description="Whether the same request can succeed later."
+    instance: str = Field(
+        description="Identifies this occurrence. The log has the request id in it."
     )
+    request_id: str
+    retryable: bool = Field(description="Whether the same request can succeed later.")
     retry_after_secs: Count = Field(default=0, description="Seconds until then.")
-    next_action: NextAction = Field(
-        default=NextAction.STOP, description="What the caller can do about it."
+    next_action: NextAction = Field(description="What the caller can do about it.")
+    outcome: Outcome = Field(
+        default=Outcome.NOT_RECORDED,
+        description="What is known about a request that failed. unknown: it may have been "
+        "recorded.",
     )
     violations: list[Violation] = Field(
         default=[], description="All rules that the request violates."
@@ -89,6 +115,16 @@ class Problem(BaseModel):
     errors: list[FieldError] = Field(default=[], description="The invalid parts.")
     limit: Count = Field(default=0, description="The limit that the request would exceed.")
     used: Count = Field(default=0, description="How much of the limit is used.")
+    requested: Count = Field(default=0, description="How much the request asks for.")
+    expires_at: datetime = Field(default=_EPOCH, description="When the session expired.")
+    closed_at: datetime = Field(default=_EPOCH, description="When the session was closed.")
+    closed_by: ClosedBy = Field(
+        default=ClosedBy.CLOSE,
+        description="How it was closed: alone, or with all sessions of its agent.",
+    )
+    closed_by_key: str = Field(
+        default="", description="The name of the key that closed it. For operators only."
+    )
     agent_message: str = Field(default="", description="One sentence for the agent.")
 
 
@@ -142,6 +178,8 @@ def _example(kind: ProblemType) -> dict[str, Any]:
         "detail": kind.detail,
         "instance": "/requests/4f1d2c3b5a69-2a",
         "request_id": "4f1d2c3b5a69-2a",
+        "retryable": kind.retryable,
+        "next_action": kind.next_action,
     }
     if kind.agent_message is not None:
         example["agent_message"] = kind.agent_message
@@ -152,9 +190,10 @@ _DENIAL_EXAMPLES: dict[ProblemType, dict[str, Any]] = {
     BUDGET_EXCEEDED: {
         "retryable": False,
         "next_action": NextAction.NEW_SESSION.value,
-        "violations": [{"code": "budget_exceeded", "limit": 100, "used": 100}],
+        "violations": [{"code": "budget_exceeded", "limit": 100, "used": 100, "requested": 1}],
         "limit": 100,
         "used": 100,
+        "requested": 1,
     },
     TOOL_NOT_AUTHORIZED: {
         "retryable": False,
@@ -165,9 +204,10 @@ _DENIAL_EXAMPLES: dict[ProblemType, dict[str, Any]] = {
         "retryable": True,
         "retry_after_secs": 12,
         "next_action": NextAction.WAIT.value,
-        "violations": [{"code": "rate_limited", "limit": 60, "used": 60}],
+        "violations": [{"code": "rate_limited", "limit": 60, "used": 60, "requested": 1}],
         "limit": 60,
         "used": 60,
+        "requested": 1,
     },
     VALIDATION_FAILED: {
         "errors": [

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from app.domain.admission import DenialCode
+from app.domain.advice import DenialCode, NextAction
 from app.http.problems import SERVICE_PROBLEMS, ProblemType, Refused
 
 SESSION_NOT_FOUND = ProblemType(
     "session_not_found",
     404,
     "Session not found",
-    "No session has this id: it never existed, or it has ended and been removed.",
+    "There is no session with this id.",
     "Check the id: 36 characters, lower case. Ended sessions are removed after "
     "ARBITER_RETENTION_SECS, and a memory store loses all sessions in a restart. Create a new "
     "session if the task should continue.",
-    "This task session does not exist; a new one is needed to continue.",
+    "There is no such task session; a new one is needed to continue.",
+    next_action=NextAction.NEW_SESSION.value,
 )
 AGENT_MISMATCH = ProblemType(
     "agent_mismatch",
@@ -51,8 +52,8 @@ BUDGET_EXCEEDED = ProblemType(
     "Call budget exceeded",
     "The session's call budget has too few calls left.",
     "A budget never refills, so waiting cannot help. A batch of up to calls_remaining calls "
-    "still fits; for more, create a new session.",
-    "Too few calls are left in the budget of this task; a new session is needed.",
+    "still fits. For more, create a new session, or ask for a larger budget.",
+    "Too few calls are left in the budget of this task.",
 )
 TOOL_NOT_AUTHORIZED = ProblemType(
     "tool_not_authorized",
@@ -79,8 +80,9 @@ RATE_LIMITED = ProblemType(
     "Rate limit exceeded",
     "The session's rate window has too few calls left.",
     "If retryable is true, wait Retry-After seconds and send the same request. If it is false, "
-    "waiting cannot help: no window can hold that many calls, or the session expires first.",
-    "This task is calling tools too fast; slow down.",
+    "waiting cannot help: no window can hold that many calls, or the session expires first. "
+    "next_action then says whether a smaller batch or a new session can.",
+    "This task is calling tools too fast.",
 )
 TOO_MANY_SESSIONS = ProblemType(
     "too_many_sessions",
@@ -100,6 +102,19 @@ IDEMPOTENCY_CONFLICT = ProblemType(
     "key.",
     "The call could not be checked; stop here.",
 )
+
+AGENT_MESSAGES = {
+    NextAction.WAIT: "This task is calling tools too fast; wait a moment and try again.",
+    NextAction.SPLIT_BATCH: "That is too many calls at once; make fewer at a time.",
+    NextAction.USE_AUTHORIZED_TOOL: "This tool is not available in this task; use one of the "
+    "tools that are.",
+    NextAction.LOWER_SENSITIVITY: "This data is too sensitive for this task; work with less "
+    "sensitive data.",
+    NextAction.NEW_SESSION: "No more calls are possible in this task; a new session is needed "
+    "to continue.",
+    NextAction.ASK_OPERATOR: "This task does not allow that; stop and ask a person.",
+}
+"""What to tell the agent when calls are denied: it depends on what can help."""
 
 DENIALS = {
     DenialCode.SESSION_NOT_FOUND: SESSION_NOT_FOUND,
@@ -126,5 +141,4 @@ ProblemCode.__doc__ = "Every code that a problem can have."
 
 def session_not_found() -> Refused:
     """Return the refusal of a request for a session that does not exist."""
-    members = {"retryable": False, "next_action": "new_session", "violations": []}
-    return Refused(SESSION_NOT_FOUND, members=members)
+    return Refused(SESSION_NOT_FOUND, members={"violations": []})

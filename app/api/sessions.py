@@ -69,7 +69,7 @@ async def create_session(
         idempotency=idempotency,
     )
     if isinstance(decision, Denied):
-        return denied_response(decision, request.request_id)
+        return denied_response(decision, request)
     return created_response(decision)
 
 
@@ -134,5 +134,5 @@ async def close_session(
     """Close a session for good, even an expired one. Closing it twice is a conflict."""
     outcome = await service.close_session(session_id, actor)
     if isinstance(outcome, Denied):
-        return denied_response(outcome, request.request_id)
+        return denied_response(outcome, request)
     return json_response(200, encode_session(outcome), [])

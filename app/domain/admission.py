@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from app.domain.advice import DenialCode, NextAction, advise
 from app.domain.session import MICROSECONDS, DataSensitivity, Session
 
 
@@ -31,31 +32,6 @@ class Operation(StrEnum):
 
     CALL = "call"
     BATCH = "batch"
-
-
-class DenialCode(StrEnum):
-    """Why a request was denied. The values are the codes on the wire."""
-
-    SESSION_NOT_FOUND = "session_not_found"
-    AGENT_MISMATCH = "agent_mismatch"
-    SESSION_CLOSED = "session_closed"
-    SESSION_EXPIRED = "session_expired"
-    BUDGET_EXCEEDED = "budget_exceeded"
-    TOOL_NOT_AUTHORIZED = "tool_not_authorized"
-    SENSITIVITY_EXCEEDED = "sensitivity_exceeded"
-    RATE_LIMITED = "rate_limited"
-    TOO_MANY_SESSIONS = "too_many_sessions"
-    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
-
-
-class NextAction(StrEnum):
-    """What the caller can do about a denial."""
-
-    WAIT = "wait"
-    USE_AUTHORIZED_TOOL = "use_authorized_tool"
-    LOWER_SENSITIVITY = "lower_sensitivity"
-    NEW_SESSION = "new_session"
-    STOP = "stop"
 
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
@@ -68,11 +44,14 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
 
 
 class Violation(NamedTuple):
-    """One of rules 5 to 8 that failed, with the figures of a budget or rate limit."""
+    """One of rules 5 to 8 that failed, with its figures."""
 
     code: DenialCode
     limit: int | None = None
+    """The call budget or the rate limit."""
     used: int | None = None
+    requested: int | None = None
+    ceiling: DataSensitivity | None = None
     tool_indexes: tuple[int, ...] = ()
     """Positions in the batch, from 0, of the unauthorised tools."""
 
@@ -97,18 +76,25 @@ class Denied:
     """Seconds until the same request can pass, or `None` if waiting cannot help."""
     limit: int | None = None
     used: int | None = None
+    requested: int | None = None
 
 
 NO_SESSION = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
 """Rule 1: the session does not exist."""
 
-KEY_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.STOP)
+KEY_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.FIX_REQUEST)
 """The idempotency key was used before, for a different request."""
 
 
 def too_many_sessions(cap: int, active: int) -> Denied:
     """The denial of a creation when the agent has `active` of `cap` active sessions."""
-    return Denied(DenialCode.TOO_MANY_SESSIONS, NextAction.STOP, limit=cap, used=active)
+    return Denied(
+        DenialCode.TOO_MANY_SESSIONS,
+        NextAction.CLOSE_A_SESSION if cap else NextAction.ASK_OPERATOR,
+        limit=cap,
+        used=active,
+        requested=1,
+    )
 
 
 def already_closed(session: Session) -> Denied:
@@ -164,9 +150,7 @@ def decide(session: Session, admission: Admission, now: int) -> Admitted | Denie
 def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> Denied:
     """The denial of `calls` calls for these violations. `session` is as of now."""
     first = violations[0]
-    next_action, retry_after_secs = _NEXT_ACTION.get(first.code, NextAction.STOP), None
-    if first.code is DenialCode.RATE_LIMITED:
-        next_action, retry_after_secs = _when_rate_allows(session, calls)
+    next_action, retry_after_secs = advise(session, calls, {each.code for each in violations})
     return Denied(
         first.code,
         next_action,
@@ -175,28 +159,22 @@ def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> D
         retry_after_secs,
         first.limit,
         first.used,
+        first.requested,
     )
 
 
-_NEXT_ACTION = {
-    DenialCode.BUDGET_EXCEEDED: NextAction.NEW_SESSION,
-    DenialCode.TOOL_NOT_AUTHORIZED: NextAction.USE_AUTHORIZED_TOOL,
-    DenialCode.SENSITIVITY_EXCEEDED: NextAction.LOWER_SENSITIVITY,
-}
-
-
 def violation(
-    code: DenialCode, session: Session, tool_indexes: tuple[int, ...] = ()
+    code: DenialCode, session: Session, calls: int, tool_indexes: tuple[int, ...] = ()
 ) -> Violation:
-    """A violation of one of rules 5 to 8, with its figures. `session` is as of now."""
+    """A violation of one of rules 5 to 8 by `calls` calls. `session` is as of now."""
     grant = session.grant
     if code is DenialCode.BUDGET_EXCEEDED:
-        return Violation(code, grant.call_budget, session.usage.calls_made)
+        return Violation(code, grant.call_budget, session.usage.calls_made, calls)
     if code is DenialCode.RATE_LIMITED:
-        return Violation(code, grant.rate_limit_per_minute, session.window_calls_used)
-    if code is DenialCode.TOOL_NOT_AUTHORIZED:
-        return Violation(code, tool_indexes=tool_indexes)
-    return Violation(code)
+        return Violation(code, grant.rate_limit_per_minute, session.window_calls_used, calls)
+    if code is DenialCode.SENSITIVITY_EXCEEDED:
+        return Violation(code, ceiling=grant.data_sensitivity_ceiling)
+    return Violation(code, tool_indexes=tool_indexes)
 
 
 def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]:
@@ -204,32 +182,17 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
     n = len(admission.tool_names)
     found = []
     if session.usage.calls_made + n > grant.call_budget:
-        found.append(violation(DenialCode.BUDGET_EXCEEDED, session))
+        found.append(violation(DenialCode.BUDGET_EXCEEDED, session, n))
     allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
     unauthorized = tuple(
         index for index, name in enumerate(admission.tool_names) if not allowed[name]
     )
     if unauthorized:
-        found.append(violation(DenialCode.TOOL_NOT_AUTHORIZED, session, unauthorized))
+        found.append(violation(DenialCode.TOOL_NOT_AUTHORIZED, session, n, unauthorized))
     tier = admission.data_sensitivity
     if tier is not None and tier.exceeds(grant.data_sensitivity_ceiling):
-        found.append(violation(DenialCode.SENSITIVITY_EXCEEDED, session))
+        found.append(violation(DenialCode.SENSITIVITY_EXCEEDED, session, n))
     limit = grant.rate_limit_per_minute
     if limit is not None and session.window_calls_used + n > limit:
-        found.append(violation(DenialCode.RATE_LIMITED, session))
+        found.append(violation(DenialCode.RATE_LIMITED, session, n))
     return tuple(found)
-
-
-def _when_rate_allows(session: Session, n: int) -> tuple[NextAction, int | None]:
-    """The next action after `rate_limited`, and the wait in seconds if waiting helps.
-
-    Waiting helps only if a window can hold the request and the session is still active
-    when the next window opens.
-    """
-    limit = session.grant.rate_limit_per_minute
-    if limit is None or n > limit:
-        return NextAction.STOP, None
-    wait = max(1, -(-(session.window_ends_at - session.as_of) // MICROSECONDS))
-    if session.as_of + wait * MICROSECONDS >= session.terms.expires_at:
-        return NextAction.NEW_SESSION, None
-    return NextAction.WAIT, wait

@@ -7,6 +7,7 @@
     │   └── AuditUnusable
     └── TransientError      a retry may succeed
         ├── StoreUnavailable
+        │   └── StoreUnreachable
         ├── SessionLimitReached
         └── ShuttingDown
 
@@ -50,18 +51,27 @@ class TransientError(ArbiterError):
 
     code = "transient"
     """The problem code on the wire."""
+    outcome_unknown = True
+    """Whether the request may have been recorded. False only where that is certain."""
 
 
 class StoreUnavailable(TransientError):
-    """The session store is unavailable; retry in a moment, with the same Idempotency-Key."""
+    """The session store did not respond in time; the request may have been recorded."""
 
     code = "store_unavailable"
 
 
+class StoreUnreachable(StoreUnavailable):
+    """The session store could not be reached, or refused the request; nothing was recorded."""
+
+    outcome_unknown = False
+
+
 class SessionLimitReached(TransientError):
-    """The store is full; nothing was created. Retry later, or raise ARBITER_MAX_SESSIONS."""
+    """The store is full; nothing was recorded. Retry later, or raise ARBITER_MAX_SESSIONS."""
 
     code = "session_limit_reached"
+    outcome_unknown = False
 
 
 class ShuttingDown(TransientError):

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from app.domain.admission import Denied, already_closed
-from app.domain.session import Session, Terms
+from app.domain.session import ClosedBy, Session, Terms
 
 Transition = Callable[[Session, int], Terms | Denied]
 """Called with the session, and the instant of the change in microseconds."""
 
 
-def close(session: Session, now: int) -> Terms | Denied:
+def close(by: ClosedBy) -> Transition:
     """End the session for good. An expired one can be closed too, a closed one cannot."""
-    if session.terms.closed_at is not None:
-        return already_closed(session.at(now))
-    return session.terms.changed(closed_at=now)
+
+    def transition(session: Session, now: int) -> Terms | Denied:
+        if session.terms.closed_at is not None:
+            return already_closed(session.at(now))
+        return session.terms.changed(closed_at=now, closed_by=by)
+
+    return transition

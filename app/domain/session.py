@@ -78,6 +78,15 @@ class Grant(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     data_sensitivity_ceiling: DataSensitivity = DataSensitivity.INTERNAL
 
 
+class ClosedBy(msgspec.Struct, frozen=True, gc=False):
+    """Who closed a session, and how."""
+
+    actor: str
+    """The name of the API key; empty if the service runs without keys."""
+    kill_switch: bool = False
+    """Whether all sessions of the agent were closed together."""
+
+
 class Terms(msgspec.Struct, frozen=True, gc=False):
     """What a session allows, and when it began and ends."""
 
@@ -89,6 +98,8 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     rev: int = 1
     """Grows by one with every change of the terms. Anything cached about them is good for one
     session id and one `rev`."""
+    closed_by: ClosedBy | None = None
+    """`None` if it is not closed, or if an older version closed it."""
 
     def changed(self, **changes: Any) -> Terms:
         """The next revision, with these changes."""

@@ -89,6 +89,9 @@ class Caller:
         return self.scope is Scope.ADMIN or self.scope in allowed
 
 
+NOBODY = Caller("", Scope.PROXY)
+"""The caller of a request whose key has not been checked."""
+
 _NOBODY: tuple[bytes, Caller | None] = (bytes(32), None)
 
 

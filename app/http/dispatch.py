@@ -22,6 +22,7 @@ from app.http.problems import (
     MISDIRECTED_REQUEST,
     Failure,
     Refused,
+    Repeat,
     failed_response,
     refused_response,
 )
@@ -146,7 +147,8 @@ class Dispatcher:
         except ClientDisconnect:
             return 0
         except Failure as error:
-            response = failed_response(error, request_id)
+            # Routes answer for themselves, so nothing was recorded.
+            response = failed_response(error, request_id, Repeat.READS)
             if status:
                 raise
             status = response.status

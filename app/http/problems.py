@@ -6,19 +6,21 @@ The codes about sessions are in `app.api.problem_types`.
 from __future__ import annotations
 
 import asyncio
+from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import structlog
 from pydantic_core import to_json
 
-from app.domain.errors import ArbiterError, InvalidField, ShuttingDown, TransientError
+from app.domain.errors import InvalidField, ShuttingDown, TransientError
 from app.http.response import Headers, RawResponse
 
 _PROBLEM_JSON = (b"content-type", b"application/problem+json")
-_SHOULD_RETRY = b"x-should-retry"
+_SHOULD_RETRY, _SHOULD_NOT_RETRY = (b"x-should-retry", b"true"), (b"x-should-retry", b"false")
+"""Some client libraries retry some statuses on their own, unless this says not to."""
 _RETRY_AFTER_SECS = 1
-"""`Retry-After` of every 503. Transient errors are often over by then."""
+"""`Retry-After` of a retryable 503. Transient errors are often over by then."""
 
 
 class ProblemType(NamedTuple):
@@ -33,6 +35,9 @@ class ProblemType(NamedTuple):
     """What to do about it, for the code's page."""
     agent_message: str | None = None
     """One sentence without limits or tool names, safe to show to an agent."""
+    next_action: str = "fix_request"
+    """What a program can do about it, unless the problem itself knows better."""
+    retryable: bool = False
 
     @property
     def path(self) -> str:
@@ -62,6 +67,7 @@ MALFORMED_JSON = ProblemType(
     "The body is not a single JSON document in UTF-8.",
     "Send JSON (RFC 8259) in UTF-8, without a byte order mark, NaN, Infinity, or duplicate "
     "keys in an object.",
+    "The call could not be checked; stop here.",
 )
 UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "unsupported_media_type",
@@ -78,6 +84,7 @@ PAYLOAD_TOO_LARGE = ProblemType(
     "The request is too large: a body may have at most 65536 bytes.",
     "Send fewer tools or a shorter intent. A chunked body can also be too large because of its "
     "framing; use fewer, larger chunks then.",
+    "That is too much in one request; ask for less at a time.",
 )
 UNAUTHENTICATED = ProblemType(
     "unauthenticated",
@@ -86,6 +93,8 @@ UNAUTHENTICATED = ProblemType(
     "The request has no valid API key. Send Authorization: Bearer <name>.<secret>",
     "arbiter keys new --name NAME --scope SCOPE makes a key. It prints what to add to "
     "ARBITER_API_KEYS, and the token to send.",
+    "The call could not be checked; stop here.",
+    next_action="ask_operator",
 )
 INSUFFICIENT_SCOPE = ProblemType(
     "insufficient_scope",
@@ -96,6 +105,8 @@ INSUFFICIENT_SCOPE = ProblemType(
     "Use a key with another scope. proxy may create and read sessions and record calls and "
     "batches. operate may read, list and close sessions, see agents and read metrics. admin "
     "may do everything.",
+    "The call could not be checked; stop here.",
+    next_action="ask_operator",
 )
 MISDIRECTED_REQUEST = ProblemType(
     "misdirected_request",
@@ -109,12 +120,16 @@ STORE_UNAVAILABLE = ProblemType(
     "store_unavailable",
     503,
     "Store unavailable",
-    "The session store did not respond. A call or creation may have been recorded; repeating "
-    "it with the same Idempotency-Key is safe.",
-    "Wait Retry-After seconds and repeat the request with the same Idempotency-Key. If it had "
-    "none, a repeated call may be counted twice; read the session first to see its calls_made. "
-    "If the error persists, check /readyz and the log.",
+    "The session store could not answer.",
+    "outcome says what is known. not_recorded: nothing was recorded; wait Retry-After seconds "
+    "and repeat the request. unknown: the request may have been recorded. With an "
+    "Idempotency-Key, repeat it with the same key, which cannot record it twice. Without one, "
+    "do not repeat it: read the session, whose calls_made tells whether they were counted; "
+    "for a creation, list the sessions of the agent. If the error persists, check /readyz and "
+    "the log.",
     "The call could not be checked right now; try again in a moment.",
+    next_action="wait",
+    retryable=True,
 )
 SESSION_LIMIT_REACHED = ProblemType(
     "session_limit_reached",
@@ -127,6 +142,8 @@ SESSION_LIMIT_REACHED = ProblemType(
     "one caller. The memory store remembers ARBITER_MAX_REMEMBERED_CALLS calls with a "
     "key, half of them for one caller.",
     "No new task can be started right now; try again later.",
+    next_action="wait",
+    retryable=True,
 )
 OVERLOADED = ProblemType(
     "overloaded",
@@ -135,15 +152,19 @@ OVERLOADED = ProblemType(
     "The service is at its limit of requests or connections; nothing was recorded.",
     "Wait Retry-After seconds and repeat the request. If the error persists, add replicas.",
     "The call could not be checked right now; try again in a moment.",
+    next_action="wait",
+    retryable=True,
 )
 SHUTTING_DOWN = ProblemType(
     "shutting_down",
     503,
     "Shutting down",
-    "This process is shutting down. A call or creation that it cut off may have been recorded; "
-    "repeating it with the same Idempotency-Key is safe.",
-    "Send the request to another replica, with the same Idempotency-Key. If it had none, a "
-    "repeated call may be counted twice; read the session first to see its calls_made.",
+    "This process is shutting down.",
+    "Send the request to another replica. If outcome is unknown, it may have been recorded "
+    "here; what to do then is as for store_unavailable.",
+    "The call could not be checked right now; try again in a moment.",
+    next_action="wait",
+    retryable=True,
 )
 NOT_FOUND = ProblemType(
     "not_found",
@@ -180,15 +201,19 @@ REQUEST_TIMEOUT = ProblemType(
     "Request too slow",
     "The request did not arrive in time; nothing was recorded. Send it again, in one go.",
     "Send the whole request at once. The time limit is ARBITER_REQUEST_TIMEOUT_SECS.",
+    "The call could not be checked right now; try again in a moment.",
+    next_action="wait",
+    retryable=True,
 )
 INTERNAL_ERROR = ProblemType(
     "internal_error",
     500,
     "Internal error",
     "Something failed inside the service. Report the request_id to its operator.",
-    "Report the request_id to the operator of this service: the log has the error under it. A "
-    "call or creation may have been recorded.",
+    "Report the request_id to the operator of this service: the log has the error under it. If "
+    "outcome is unknown, a call or creation may have been recorded.",
     "The call could not be checked; stop here.",
+    next_action="ask_operator",
 )
 
 SERVICE_PROBLEMS = (
@@ -214,11 +239,32 @@ SERVICE_PROBLEMS = (
 
 _TRANSIENT_TYPES = (STORE_UNAVAILABLE, SESSION_LIMIT_REACHED, SHUTTING_DOWN)
 _TRANSIENT = {kind.code: kind for kind in _TRANSIENT_TYPES}
-_CAN_PASS_LATER = {"retryable": True, "next_action": "wait"}
+_NOT_RECORDED = {"outcome": "not_recorded"}
 
-DO_NOT_RETRY = frozenset({403, 404, 408, 409, 429})
-"""Statuses that some client libraries retry on their own, which they must not do unless the
-problem is `retryable`."""
+
+class Repeat(Enum):
+    """What happens if a request is repeated whose outcome is unknown."""
+
+    READS = auto()
+    """It records nothing."""
+    HARMLESS = auto()
+    """It asks for a state, which cannot be reached twice."""
+    KEYED = auto()
+    """Its idempotency key keeps it from being recorded twice."""
+    MAY_COUNT_TWICE = auto()
+
+
+_HOW_TO_FIND_OUT = (
+    "The request may have been recorded. Do not repeat it: read the session first, whose "
+    "calls_made tells whether the calls were counted, or for a creation, list the agent's "
+    "sessions."
+)
+_UNKNOWN_DETAILS = {
+    Repeat.HARMLESS: "The request may have taken effect. Repeating it is safe.",
+    Repeat.KEYED: "The request may have been recorded. Repeat it with the same "
+    "Idempotency-Key, which cannot record it twice.",
+    Repeat.MAY_COUNT_TWICE: _HOW_TO_FIND_OUT,
+}
 
 
 class Refused(Exception):
@@ -250,7 +296,14 @@ def invalid_field(location: str, field: str, detail: str) -> Refused:
 
 def invalid_fields(errors: list[dict[str, str]]) -> Refused:
     """Return the refusal of a request with invalid fields."""
-    return Refused(VALIDATION_FAILED, members={"errors": errors})
+    members: dict[str, Any] = {"errors": errors}
+    if any(each["field"].partition("/")[0] in _TOOL_FIELDS for each in errors):
+        members["agent_message"] = "There is no tool with this name; use a tool's exact name."
+    return Refused(VALIDATION_FAILED, members=members)
+
+
+_TOOL_FIELDS = ("tool_name", "tool_names")
+"""Fields whose value an agent can choose."""
 
 
 Failure = (Exception, asyncio.CancelledError)
@@ -258,37 +311,57 @@ Failure = (Exception, asyncio.CancelledError)
 for requests in flight is over."""
 
 
-def failed_response(error: BaseException, request_id: str) -> RawResponse:
+def failed_response(error: BaseException, request_id: str, repeat: Repeat) -> RawResponse:
     """Return the response to a request that ended with `error`, a `Failure`. Defects are
     logged."""
     if isinstance(error, Refused):
         return refused_response(error, request_id)
+    if isinstance(error, InvalidField):
+        return refused_response(
+            invalid_field(error.location, error.field, str(error)), request_id
+        )
     if isinstance(error, asyncio.CancelledError):
         error = ShuttingDown()
-    if isinstance(error, ArbiterError):
-        return error_response(error, request_id)
+    if isinstance(error, TransientError) and (kind := _TRANSIENT.get(error.code)):
+        detail = str(error) if kind is SESSION_LIMIT_REACHED else kind.detail
+        return _transient_response(
+            kind, detail, request_id, repeat, unknown=error.outcome_unknown
+        )
     structlog.get_logger("arbiter").exception("request failed", request_id=request_id)
-    return refused_response(Refused(INTERNAL_ERROR), request_id)
+    members = {"outcome": "not_recorded" if repeat is Repeat.READS else "unknown"}
+    return problem_response(INTERNAL_ERROR, request_id, None, members, [])
+
+
+def _transient_response(
+    kind: ProblemType,
+    detail: str,
+    request_id: str,
+    repeat: Repeat,
+    *,
+    unknown: bool,
+) -> RawResponse:
+    members: dict[str, Any]
+    if not unknown or repeat is Repeat.READS:
+        members = dict(_NOT_RECORDED)
+        if kind is not SESSION_LIMIT_REACHED:
+            detail += " Nothing was recorded."
+    else:
+        detail += " " + _UNKNOWN_DETAILS[repeat]
+        members = {"outcome": "unknown"}
+        if repeat is Repeat.KEYED:
+            members["next_action"] = "retry_with_same_key"
+        elif repeat is Repeat.MAY_COUNT_TWICE:
+            members |= {"retryable": False, "next_action": "stop"}
+            members["agent_message"] = "It is not known whether this call was made; stop here."
+    return problem_response(kind, request_id, detail, members, [])
 
 
 def refused_response(refused: Refused, request_id: str) -> RawResponse:
     """Return the response to a refused request."""
     kind, members = refused.kind, refused.members
-    if kind is OVERLOADED:
-        members = _CAN_PASS_LATER | members
+    if kind.retryable:
+        members = _NOT_RECORDED | members
     return problem_response(kind, request_id, refused.detail, members, refused.headers)
-
-
-def error_response(error: ArbiterError, request_id: str) -> RawResponse:
-    """Return the response for an error of the service. Raises `error` itself if it has no
-    problem type: it is a defect then."""
-    if isinstance(error, InvalidField):
-        refused = invalid_field(error.location, error.field, str(error))
-        return refused_response(refused, request_id)
-    if isinstance(error, TransientError) and (kind := _TRANSIENT.get(error.code)):
-        detail = str(error) if kind is SESSION_LIMIT_REACHED else None
-        return problem_response(kind, request_id, detail, _CAN_PASS_LATER, [])
-    raise error
 
 
 def problem_response(
@@ -300,29 +373,29 @@ def problem_response(
 ) -> RawResponse:
     """Return the response for a problem. `members` are added to those of every problem, and
     `headers` to those of every problem response."""
+    retryable = members.get("retryable", kind.retryable)
     body = {
         "type": kind.path,
         "title": kind.title,
         "status": kind.status,
         "code": kind.code,
         "detail": detail or kind.detail,
-        # Names this occurrence (RFC 9457, section 3.1.5) without repeating any input.
+        # Names this occurrence (RFC 9457, section 3.1.5) without repeating any input. The log
+        # has the same id.
         "instance": f"/requests/{request_id}",
         "request_id": request_id,
-        **members,
+        "retryable": retryable,
+        "next_action": kind.next_action,
     }
     if kind.agent_message is not None:
         body["agent_message"] = kind.agent_message
-    encoded = to_json(body)
+    encoded = to_json(body | members)
     all_headers = [
         _PROBLEM_JSON,
         (b"content-length", b"%d" % len(encoded)),
         *headers,
+        _SHOULD_RETRY if retryable else _SHOULD_NOT_RETRY,
     ]
-    if kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if retryable and kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
         all_headers.append((b"retry-after", b"%d" % _RETRY_AFTER_SECS))
-    if members.get("retryable"):
-        all_headers.append((_SHOULD_RETRY, b"true"))
-    elif kind.status in DO_NOT_RETRY:
-        all_headers.append((_SHOULD_RETRY, b"false"))
     return RawResponse(kind.status, all_headers, encoded)

@@ -17,16 +17,21 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from app.http.auth import Caller
+from app.http.auth import NOBODY
 from app.http.problems import (
     MALFORMED_JSON,
     PAYLOAD_TOO_LARGE,
     UNSUPPORTED_MEDIA_TYPE,
     Refused,
+    Repeat,
     invalid_field,
 )
 
 MAX_BODY_BYTES = 65_536
+
+_READS = frozenset({"GET", "HEAD"})
+_IDEMPOTENT = frozenset({"PUT", "DELETE"})
+"""RFC 9110, section 9.2.2."""
 
 _PLACE = re.compile(r" at (line \d+ column \d+)$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -36,12 +41,11 @@ _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 class StrictRequest(Request):
     """A request as handlers see it. FastAPI recognises the type and passes it on."""
 
-    caller: Caller
-    """Who sent the request; set once the key has been checked."""
-
     def __init__(self, scope: Scope, request_id: str, services: Any) -> None:
         # Not the parent's, which copies what nothing here uses.
         self.scope = scope
+        self.caller = NOBODY
+        """Who sent the request, once the key has been checked."""
         self.request_id = request_id
         self.services = services
         """What the application offers to its routes."""
@@ -53,6 +57,16 @@ class StrictRequest(Request):
         self._fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self._last = dict(self._fields)
         self._is_repeated = len(self._last) != len(self._fields)
+
+    @property
+    def repeat(self) -> Repeat:
+        """What happens if the request is repeated."""
+        method = self.scope["method"]
+        if method in _READS or self.query.get("dry_run") is True:
+            return Repeat.READS
+        if method in _IDEMPOTENT:
+            return Repeat.HARMLESS
+        return Repeat.KEYED if self.has_header(b"idempotency-key") else Repeat.MAY_COUNT_TWICE
 
     def has_header(self, name: bytes) -> bool:
         """Whether there is a header field with this name, which is in lower case."""

@@ -20,7 +20,7 @@ The function of a route returns a `RawResponse`. Its parameters are:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,11 @@ class Handler:
         except ClientDisconnect:
             raise
         except Failure as error:
-            return failed_response(error, request.request_id)
+            if isinstance(error, Refused):
+                request.services.report_refused(
+                    error.kind.code, request.caller.name, request.request_id, _client(scope)
+                )
+            return failed_response(error, request.request_id, request.repeat)
 
     def _authorize(self, request: StrictRequest) -> None:
         """Find out who sent the request. Raises `Refused` if the caller is unknown or has none
@@ -126,13 +130,13 @@ class Handler:
             raise Refused(
                 UNAUTHENTICATED, str(error), headers=[(b"www-authenticate", _CHALLENGE)]
             ) from None
+        request.caller = caller
         if not caller.may(self._scopes):
             needed = [scope for scope in self._scopes if scope is not Scope.ADMIN]
             challenge = b'Bearer error="insufficient_scope", scope="%b"' % b" ".join(
                 scope.encode() for scope in needed or self._scopes
             )
             raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
-        request.caller = caller
 
     def _validate(self, request: StrictRequest) -> None:
         """Replace the query parameters and the body by what they mean. Raises `Refused` with
@@ -153,6 +157,11 @@ class Handler:
             for _, read in self._read:
                 read(request)
             raise invalid_fields(errors[:MAX_FIELD_ERRORS])
+
+
+def _client(scope: Mapping[str, Any]) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def _query_value(name: str, default: Any, request: StrictRequest) -> Any:

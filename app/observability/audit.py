@@ -27,17 +27,21 @@ from typing import NamedTuple
 
 import msgspec
 
-from app.domain.admission import Admission, Admitted, Denied
+from app.domain.admission import Admission, Admitted, Denied, Violation
 from app.domain.errors import AuditUnusable
-from app.domain.session import Session
+from app.domain.session import Grant, Session
 from app.observability.logs import get_logger, short
 from app.observability.metrics import Metrics
+from app.store.codec import encode_hook
 
 STDOUT = "stdout"
 MAX_WAITING = 65_536
 """Most entries that may wait to be written, a few hundred bytes each."""
 
 LINES_AT_ONCE = 64
+CLOSED_PER_LINE = 100
+"""Sessions in one line about a kill switch."""
+
 WRITE_EVERY_SECS = 0.1
 RETRY_SECS = 1.0
 CLOSE_WITHIN_SECS = 5.0
@@ -62,6 +66,17 @@ class Counters(msgspec.Struct):
     rate_window_calls: int
 
 
+class Figures(msgspec.Struct, omit_defaults=True):
+    """A rule that failed, and by how much."""
+
+    code: str
+    limit: int | None = None
+    used: int | None = None
+    requested: int | None = None
+    ceiling: str = ""
+    tool_indexes: tuple[int, ...] = ()
+
+
 class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One line of the log. Fields with their default value are left out."""
 
@@ -79,11 +94,17 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     tools: tuple[str, ...] = ()
     data_sensitivity: str = ""
     dry_run: bool = False
-    violations: tuple[str, ...] = ()
+    violations: list[Figures] = []
+    grant: Grant | None = None
+    """What a session was created with."""
     before: Counters | None = None
     after: Counters | None = None
     count: int | None = None
     """Sessions affected or, for `lost`, lines missing."""
+    sessions_sha256: list[str] = []
+    """The sessions that a kill switch closed."""
+    outcome_unknown: bool = False
+    """Whether the request may have been recorded although it failed."""
 
 
 class Entry(NamedTuple):
@@ -101,7 +122,10 @@ class Entry(NamedTuple):
     counted: int = 0
     """Calls that the decision added to its counters."""
     dry_run: bool = False
-    violations: tuple[str, ...] = ()
+    violations: tuple[Violation, ...] = ()
+    closed: tuple[str, ...] = ()
+    """Ids of sessions that were closed together."""
+    outcome_unknown: bool = False
     number: int | None = None
     """Sessions or lines that the event is about."""
 
@@ -181,7 +205,7 @@ class AuditLog:
                 admission=admission,
                 session=decision.session,
                 dry_run=dry_run,
-                violations=tuple(each.code.value for each in decision.violations),
+                violations=decision.violations,
             )
         else:
             replayed = decision.replayed
@@ -197,6 +221,14 @@ class AuditLog:
                 dry_run=dry_run,
             )
         self._add(entry)
+
+    def note_kill(self, agent_id: str, closed: list[str], actor: Actor) -> None:
+        """Record the use of a kill switch, with the sessions it closed, some to a line."""
+        for first in range(0, max(len(closed), 1), CLOSED_PER_LINE):
+            some = tuple(closed[first : first + CLOSED_PER_LINE])
+            self.note(
+                "close_agent", "done", actor, agent_id=agent_id, closed=some, number=len(some)
+            )
 
     def _add(self, entry: Entry) -> None:
         if len(self._waiting) < MAX_WAITING:
@@ -297,7 +329,11 @@ def reopen_on_sighup(audit: AuditLog | None) -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-_ENCODER = msgspec.json.Encoder()
+_ENCODER = msgspec.json.Encoder(enc_hook=encode_hook)
+
+
+def _digest(session_id: str) -> str:
+    return sha256(session_id.encode()).hexdigest()
 
 
 def _line(entry: Entry) -> Line:
@@ -309,12 +345,24 @@ def _line(entry: Entry) -> Line:
         request_id=entry.actor.request_id,
         agent_id=entry.agent_id,
         dry_run=entry.dry_run,
-        violations=entry.violations,
+        violations=[
+            Figures(
+                each.code.value,
+                each.limit,
+                each.used,
+                each.requested,
+                each.ceiling or "",
+                each.tool_indexes,
+            )
+            for each in entry.violations
+        ],
+        sessions_sha256=[_digest(session_id) for session_id in entry.closed],
+        outcome_unknown=entry.outcome_unknown,
         count=entry.number,
     )
     if entry.session_id:
         line.session = short(entry.session_id)
-        line.session_sha256 = sha256(entry.session_id.encode()).hexdigest()
+        line.session_sha256 = _digest(entry.session_id)
     if entry.admission is not None:
         line.tools = entry.admission.tool_names
         line.agent_id = entry.admission.agent_id or ""
@@ -322,6 +370,8 @@ def _line(entry: Entry) -> Line:
     session = entry.session
     if session is not None:
         line.agent_id = session.grant.agent_id
+        if entry.event == "create":
+            line.grant = session.grant
         made, in_window = session.usage.calls_made, session.usage.rate_window_calls
         line.before = Counters(made - entry.counted, in_window - entry.counted)
         line.after = line.before if entry.dry_run else Counters(made, in_window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.admission import Admission, Admitted, Denied, Operation, Violation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.session import Session
 from app.observability.audit import NOBODY, Actor, AuditLog
@@ -15,8 +15,10 @@ from app.store.contract import Swept
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
 
-DENIALS_PER_SEC = 10
-"""Log lines about denied calls of one code in a second."""
+LINES_PER_SEC = 10
+"""Log lines about denials and refusals of one code in a second."""
+
+MAX_TOOLS_LOGGED = 8
 
 
 class Events:
@@ -30,7 +32,7 @@ class Events:
         self._audit = audit
         self._log_admissions = log_admissions
         self._log = get_logger()
-        self._denials = LogLimit(DENIALS_PER_SEC)
+        self._limit = LogLimit(LINES_PER_SEC)
 
     def started(self) -> None:
         """Report that the service has started."""
@@ -49,9 +51,16 @@ class Events:
             if self._audit is not None:
                 self._audit.note("create", decision.code.value, actor, agent_id=agent_id)
             self._metrics.decisions["create", decision.code.value] += 1
-            self._log.info(
-                "session denied", agent_id=short(agent_id), reason=decision.code.value
-            )
+            if self._limit.admits(decision.code.value):
+                self._log.info(
+                    "session denied",
+                    request_id=actor.request_id,
+                    caller=actor.caller,
+                    agent_id=short(agent_id),
+                    reason=decision.code.value,
+                    limit=decision.limit,
+                    used=decision.used,
+                )
             return
         session = decision.session
         outcome = "replayed" if decision.replayed else "admitted"
@@ -64,6 +73,8 @@ class Events:
             self._metrics.created += 1
             self._log.info(
                 "session created",
+                request_id=actor.request_id,
+                caller=actor.caller,
                 session_id=short(session.session_id),
                 agent_id=short(agent_id),
                 call_budget=session.grant.call_budget,
@@ -88,15 +99,18 @@ class Events:
         if isinstance(decision, Denied):
             code = decision.code.value
             self._metrics.decisions[operation, code] += 1
-            if self._denials.admits(code):
+            if self._limit.admits(code):
                 self._log.info(
                     "calls denied",
                     request_id=actor.request_id,
+                    caller=actor.caller,
                     session_id=short(session_id),
                     operation=operation,
                     calls=len(admission.tool_names),
+                    # Names are of the grammar of tools, so they cannot break a line.
+                    tools=admission.tool_names[:MAX_TOOLS_LOGGED],
                     reason=code,
-                    violations=[violation.code.value for violation in decision.violations],
+                    violations=list(map(_figures, decision.violations)),
                 )
             return
         outcome = "replayed" if decision.replayed else "admitted"
@@ -133,6 +147,7 @@ class Events:
                 session_id=session_id,
                 agent_id=agent_id,
                 admission=admission,
+                outcome_unknown=error.outcome_unknown,
             )
 
     def closed(self, session_id: str, outcome: Session | Denied, actor: Actor) -> None:
@@ -153,17 +168,38 @@ class Events:
         self._metrics.ended["closed"] += 1
         self._log.info(
             "session closed",
+            request_id=actor.request_id,
+            caller=actor.caller,
             session_id=short(session.session_id),
             agent_id=short(session.grant.agent_id),
             calls_made=session.usage.calls_made,
         )
 
-    def agent_closed(self, agent_id: str, closed: int, actor: Actor) -> None:
-        """Report a use of the kill switch, which closed `closed` sessions."""
+    def refused(self, code: str, actor: Actor, client: str) -> None:
+        """Report a request that was refused before it reached the service, from the network
+        address `client`."""
+        self._metrics.refused[code] += 1
+        if self._limit.admits(code):
+            self._log.info(
+                "request refused",
+                request_id=actor.request_id,
+                caller=actor.caller,
+                client=client,
+                reason=code,
+            )
+
+    def agent_closed(self, agent_id: str, closed: list[str], actor: Actor) -> None:
+        """Report a use of the kill switch, which closed the sessions with these ids."""
         if self._audit is not None:
-            self._audit.note("close_agent", "done", actor, agent_id=agent_id, number=closed)
-        self._metrics.ended["agent_closed"] += closed
-        self._log.info("agent closed", agent_id=short(agent_id), closed=closed)
+            self._audit.note_kill(agent_id, closed, actor)
+        self._metrics.ended["agent_closed"] += len(closed)
+        self._log.info(
+            "agent closed",
+            request_id=actor.request_id,
+            caller=actor.caller,
+            agent_id=short(agent_id),
+            closed=len(closed),
+        )
 
     def swept(self, swept: Swept) -> None:
         """Report one slice of a sweep."""
@@ -180,3 +216,13 @@ class Events:
     def sweep_failed(self) -> None:
         """Log the exception that ended a sweep; call this from the `except` clause."""
         self._log.exception("sweep failed")
+
+
+def _figures(violation: Violation) -> str:
+    """A violation in a few characters: `budget_exceeded 3+2>4`."""
+    code = violation.code.value
+    if violation.limit is not None:
+        return f"{code} {violation.used}+{violation.requested}>{violation.limit}"
+    if violation.ceiling is not None:
+        return f"{code} >{violation.ceiling.value}"
+    return f"{code} at {','.join(map(str, violation.tool_indexes[:MAX_TOOLS_LOGGED]))}"

@@ -12,8 +12,9 @@ Every backend promises:
   since the Unix epoch.
 - **Ended sessions stay for a while.** An expired or closed session is reported as such until
   `StoreLimits.retention_secs` after it ended. After that it may be removed, and is unknown.
-- **Errors.** Every method raises `StoreUnavailable` if it cannot establish the outcome. An
-  unknown outcome is never reported as success.
+- **Errors.** Every method raises `StoreUnavailable` if it cannot establish the outcome, and
+  `StoreUnreachable` only if it is certain that nothing was recorded. An unknown outcome is
+  never reported as success.
 
 Session and agent ids are canonical lower-case UUIDs. Callers have validated all arguments.
 """
@@ -204,8 +205,9 @@ class SessionStore(ABC):
         """The number of sessions with status `active` now, without a scan."""
 
     @abstractmethod
-    async def close_sessions_for_agent(self, agent_id: str) -> int:
-        """Close every active session of the agent in one atomic step. Return their number."""
+    async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
+        """Close every active session of the agent in one atomic step, in the name of `actor`.
+        Return their ids."""
 
     @abstractmethod
     async def cleanup_expired(self, limit: int) -> Swept:

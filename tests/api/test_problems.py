@@ -8,14 +8,20 @@ import pytest
 
 from app.api import problem_types
 from app.api.problem_types import PROBLEM_TYPES
-from app.domain.admission import DenialCode
-from app.domain.errors import StoreUnavailable
+from app.domain.advice import DenialCode
+from app.domain.errors import (
+    ShuttingDown,
+    StoreUnavailable,
+    StoreUnreachable,
+    TransientError,
+)
 from app.http import problems
+from app.http.auth import Scope, new_key
 from app.http.problems import ProblemType
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
-from tests.support import OTHER_AGENT, ManualClock
+from tests.support import AGENT, OTHER_AGENT, ManualClock
 
 pytestmark = pytest.mark.anyio
 
@@ -35,21 +41,24 @@ async def test_a_denial_is_a_complete_problem(api: Api) -> None:
         "title": "Call budget exceeded",
         "status": 429,
         "code": "budget_exceeded",
-        "detail": "The session's call budget has too few calls left.",
+        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: the allow-list does not "
+        "cover those at the positions 0, 2. Sensitivity: the session allows at most internal "
+        "data. Rate window: 1 of 1 calls left, 3 requested.",
         "instance": "/requests/r-1",
         "request_id": "r-1",
         "retryable": False,
-        "next_action": "new_session",
+        "next_action": "use_authorized_tool",
         "violations": [
-            {"code": "budget_exceeded", "limit": 2, "used": 0},
+            {"code": "budget_exceeded", "limit": 2, "used": 0, "requested": 3},
             {"code": "tool_not_authorized", "tool_indexes": [0, 2]},
-            {"code": "sensitivity_exceeded"},
-            {"code": "rate_limited", "limit": 1, "used": 0},
+            {"code": "sensitivity_exceeded", "ceiling": "internal"},
+            {"code": "rate_limited", "limit": 1, "used": 0, "requested": 3},
         ],
         "limit": 2,
         "used": 0,
+        "requested": 3,
         "agent_message": (
-            "Too few calls are left in the budget of this task; a new session is needed."
+            "This tool is not available in this task; use one of the tools that are."
         ),
     }
 
@@ -58,10 +67,10 @@ async def test_a_denial_is_a_complete_problem(api: Api) -> None:
     ("terms", "call", "code", "next_action"),
     [
         ({"time_limit_secs": 0}, {}, "session_expired", "new_session"),
-        ({"call_budget": 0}, {}, "budget_exceeded", "new_session"),
+        ({"call_budget": 0}, {}, "budget_exceeded", "ask_operator"),
         ({}, {"tool": "rm"}, "tool_not_authorized", "use_authorized_tool"),
         ({}, {"data_sensitivity": "restricted"}, "sensitivity_exceeded", "lower_sensitivity"),
-        ({"rate_limit_per_minute": 0}, {}, "rate_limited", "stop"),
+        ({"rate_limit_per_minute": 0}, {}, "rate_limited", "ask_operator"),
         ({}, {"agent_id": OTHER_AGENT}, "agent_mismatch", "stop"),
     ],
 )
@@ -114,15 +123,14 @@ async def test_the_type_of_a_problem_is_a_page_that_explains_it(api: Api, code: 
 
 
 class BrokenStore(MemoryStore):
-    """A store that is unavailable."""
+    """A store that is unavailable, except for creating sessions."""
 
     error: Exception = StoreUnavailable()
 
-    async def record(self, *_: Any, **__: Any) -> Any:
+    async def fail(self, *_: Any, **__: Any) -> Any:
         raise self.error
 
-    async def ping(self) -> None:
-        raise self.error
+    record = get = change = close_sessions_for_agent = ping = fail
 
 
 @pytest.fixture
@@ -130,15 +138,108 @@ async def broken(make_api: MakeApi, clock: ManualClock) -> Api:
     return await make_api(store=BrokenStore(StoreLimits(), clock))
 
 
-async def test_an_unavailable_store_is_a_transient_error(broken: Api) -> None:
+REQUESTS = {
+    "call": ("POST", "/sessions/{id}/calls", {}),
+    "keyed call": ("POST", "/sessions/{id}/calls", {"idempotency-key": "k"}),
+    "dry run": ("POST", "/sessions/{id}/calls?dry_run=true", {}),
+    "read": ("GET", "/sessions/{id}", {}),
+    "close": ("DELETE", "/sessions/{id}", {}),
+    "kill switch": ("DELETE", f"/agents/{AGENT}/sessions", {}),
+    "readiness": ("GET", "/readyz", {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("request_", "outcome", "retryable", "next_action"),
+    [
+        ("call", "unknown", False, "stop"),
+        ("keyed call", "unknown", True, "retry_with_same_key"),
+        ("dry run", "not_recorded", True, "wait"),
+        ("read", "not_recorded", True, "wait"),
+        ("close", "unknown", True, "wait"),
+        ("kill switch", "unknown", True, "wait"),
+        ("readiness", "not_recorded", True, "wait"),
+    ],
+)
+@pytest.mark.parametrize("error", [StoreUnavailable(), ShuttingDown(), StoreUnreachable()])
+async def test_what_is_unknown_is_called_unknown(
+    broken: Api,
+    monkeypatch: pytest.MonkeyPatch,
+    error: TransientError,
+    request_: str,
+    outcome: str,
+    retryable: bool,
+    next_action: str,
+) -> None:
+    monkeypatch.setattr(BrokenStore, "error", error)
     session = await broken.create()
+    method, path, headers = REQUESTS[request_]
+    body = {"tool_name": "read_file"} if method == "POST" else None
 
-    answer = await broken.call(session["session_id"])
+    answer = await broken.client.request(
+        method, path.format(id=session["session_id"]), json=body, headers=headers
+    )
 
-    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
-    assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("1", "true")
-    assert answer.json()["retryable"] is True
-    assert answer.json()["next_action"] == "wait"
+    if not error.outcome_unknown:
+        outcome, retryable, next_action = "not_recorded", True, "wait"
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (503, error.code)
+    assert problem["outcome"] == outcome
+    assert (problem["retryable"], problem["next_action"]) == (retryable, next_action)
+    assert ("retry-after" in answer.headers) == retryable
+    said = "Nothing was recorded." if outcome == "not_recorded" else "may have"
+    assert said in problem["detail"]
+
+
+async def test_a_closed_session_says_when_and_to_operators_by_whom(make_api: MakeApi) -> None:
+    keys = {scope: new_key(scope.value, scope) for scope in Scope}
+    api = await make_api(api_keys=tuple(key for key, _ in keys.values()))
+    api.client.headers["authorization"] = f"Bearer {keys[Scope.ADMIN][1]}"
+    closed, killed = await api.create(), await api.create()
+    await api.client.delete(f"/sessions/{closed['session_id']}")
+    await api.client.delete(f"/agents/{AGENT}/sessions")
+
+    found = {}
+    for scope, (_, token) in keys.items():
+        api.client.headers["authorization"] = f"Bearer {token}"
+        for session in (closed, killed):
+            path = f"/sessions/{session['session_id']}"
+            method = "DELETE" if scope is Scope.OPERATE else "POST"
+            body = None if scope is Scope.OPERATE else {"tool_name": "read_file"}
+            path += "" if scope is Scope.OPERATE else "/calls"
+            problem = (await api.client.request(method, path, json=body)).json()
+            assert problem["code"] == "session_closed"
+            assert problem["closed_at"] in problem["detail"]
+            found[scope.value, problem["closed_by"]] = problem.get("closed_by_key")
+
+    assert found == {
+        ("admin", "close"): "admin",
+        ("admin", "kill_switch"): "admin",
+        ("operate", "close"): "admin",
+        ("operate", "kill_switch"): "admin",
+        ("proxy", "close"): None,
+        ("proxy", "kill_switch"): None,
+    }
+
+
+async def test_an_expired_session_says_since_when(api: Api) -> None:
+    session = await api.create(time_limit_secs=0)
+
+    problem = (await api.call(session["session_id"])).json()
+
+    assert problem["expires_at"] == session["expires_at"]
+    assert session["expires_at"] in problem["detail"]
+
+
+async def test_a_name_that_is_no_tool_has_a_sentence_for_the_agent(api: Api) -> None:
+    session = await api.create()
+
+    problem = (await api.call(session["session_id"], "read file")).json()
+
+    assert (problem["code"], problem["next_action"]) == ("validation_failed", "fix_request")
+    assert (
+        problem["agent_message"] == "There is no tool with this name; use a tool's exact name."
+    )
 
 
 async def test_a_defect_is_logged_but_its_cause_is_not_sent(

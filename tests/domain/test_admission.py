@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from app.domain.admission import Admission, Admitted, Denied, NextAction, Violation, decide
+from app.domain import lifecycle
+from app.domain.admission import Admission, Admitted, Denied, Violation, decide
 from app.domain.admission import DenialCode as Code
-from app.domain.lifecycle import close
-from app.domain.session import MICROSECONDS, DataSensitivity, Session, SessionStatus, Terms
+from app.domain.advice import NextAction
+from app.domain.session import (
+    MICROSECONDS,
+    ClosedBy,
+    DataSensitivity,
+    Session,
+    SessionStatus,
+    Terms,
+)
 from tests.support import AGENT, OTHER_AGENT, START, a_batch, a_call, a_grant, new_id
 
 
 def closed_at(now: int, before: Session) -> Session:
-    terms = close(before, now)
+    terms = lifecycle.close(ClosedBy("ops"))(before, now)
     assert isinstance(terms, Terms)
     return before.with_terms(terms, now)
 
@@ -189,12 +197,14 @@ class TestRate:
         for now in (START, after(60), after(61)):
             denial = denied(shut, a_call(), now)
             assert denial.code is Code.RATE_LIMITED
-            assert (denial.next_action, denial.retry_after_secs) == (NextAction.STOP, None)
+            expected = NextAction.ASK_OPERATOR, None
+            assert (denial.next_action, denial.retry_after_secs) == expected
 
     def test_a_batch_that_no_window_can_hold_is_not_retryable(self) -> None:
         denial = denied(session(rate_limit_per_minute=2), a_batch(*["read_file"] * 3))
 
-        assert (denial.next_action, denial.retry_after_secs) == (NextAction.STOP, None)
+        expected = NextAction.SPLIT_BATCH, None
+        assert (denial.next_action, denial.retry_after_secs) == expected
 
     def test_waiting_is_not_advised_past_the_deadline_of_the_session(self) -> None:
         short = session(rate_limit_per_minute=1, time_limit_secs=60)

@@ -18,7 +18,7 @@ from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
 from app.api.problem_types import PROBLEM_TYPES
-from app.domain.admission import NextAction
+from app.domain.advice import NextAction
 from app.http.auth import Scope, new_key
 from app.main import create_app
 from app.observability.metrics import Metrics

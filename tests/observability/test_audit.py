@@ -15,7 +15,7 @@ import pytest
 
 from app.http.auth import Scope, new_key
 from app.observability import audit as audit_module
-from app.observability.audit import NOBODY, Actor, AuditLog
+from app.observability.audit import CLOSED_PER_LINE, NOBODY, Actor, AuditLog
 from app.observability.metrics import Metrics
 from tests import engines
 from tests.engines import until
@@ -93,7 +93,15 @@ def test_every_decision_and_every_change_is_logged(
     assert first["tools"] == ["read_file"]
     assert first["before"] == {"calls_made": 0, "rate_window_calls": 0}
     assert first["after"] == {"calls_made": 1, "rate_window_calls": 1}
-    assert denied["violations"] == ["tool_not_authorized", "sensitivity_exceeded"]
+    assert created["grant"]["authorized_tools"] == wanted["authorized_tools"]
+    assert created["grant"]["call_budget"] == 3
+    assert denied["violations"] == [
+        {"code": "tool_not_authorized", "tool_indexes": [0]},
+        {"code": "sensitivity_exceeded", "ceiling": "internal"},
+    ]
+    assert dry["violations"] == [
+        {"code": "budget_exceeded", "limit": 3, "used": 3, "requested": 1}
+    ]
     assert denied["data_sensitivity"] == "restricted"
     assert denied["before"] == denied["after"] == first["after"]
     assert (batch["before"]["calls_made"], batch["after"]["calls_made"]) == (1, 3)
@@ -102,6 +110,24 @@ def test_every_decision_and_every_change_is_logged(
     assert closed["caller"] == "ops"
     assert written[9]["count"] == 0
     assert session_id not in audited.file.read_text()
+
+
+def test_the_kill_switch_logs_the_hash_of_each_session(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    audited = Audited(start_service, tmp_path)
+    wanted = session_request(agent_id=AGENT)
+    made = {
+        audited.ask("POST", "/sessions", wanted).json()["session_id"]
+        for _ in range(CLOSED_PER_LINE + 1)
+    }
+    audited.ask("DELETE", f"/agents/{AGENT}/sessions")
+
+    killed = [each for each in audited.stop() if each["event"] == "close_agent"]
+
+    assert [each["count"] for each in killed] == [CLOSED_PER_LINE, 1]
+    hashes = [digest for each in killed for digest in each["sessions_sha256"]]
+    assert set(hashes) == {sha256(session_id.encode()).hexdigest() for session_id in made}
 
 
 def test_a_dry_run_that_would_be_admitted_changes_no_counter(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.http.auth import Scope, new_key
 from app.observability.logs import LogLimit, configure_logs, get_logger
 from tests.conftest import MakeApi
 from tests.support import AGENT, session_request
@@ -70,6 +71,50 @@ async def test_no_log_holds_a_whole_session_id(
 
     assert any(session_id[:8] in line for line in told)
     assert not any(session_id in line for line in told)
+
+
+async def test_a_denial_can_be_found_by_its_request_id(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    gate, token = new_key("gate", Scope.PROXY)
+    api = await make_api(api_keys=(gate,))
+    api.client.headers["authorization"] = f"Bearer {token}"
+    session_id = (await api.create(call_budget=1))["session_id"]
+    answer = await api.batch(session_id, "read_file", "rm")
+
+    (told,) = [each for each in lines(capsys) if each["event"] == "calls denied"]
+
+    assert answer.json()["instance"].endswith(told["request_id"])
+    assert (told["caller"], told["tools"]) == ("gate", ["read_file", "rm"])
+    assert told["violations"] == ["budget_exceeded 0+2>1", "tool_not_authorized at 1"]
+
+
+async def test_refused_requests_leave_a_line_and_are_counted(
+    capsys: pytest.CaptureFixture[str], make_api: MakeApi
+) -> None:
+    gate, token = new_key("gate", Scope.PROXY)
+    ops, ops_token = new_key("ops", Scope.OPERATE)
+    api = await make_api(api_keys=(gate, ops))
+    for sent, path, body in (
+        (f"gate.{'x' * 43}", "/sessions", session_request()),
+        (token, "/sessions", session_request(call_budget="secret")),
+        (ops_token, "/sessions", session_request()),
+    ):
+        api.client.headers["authorization"] = f"Bearer {sent}"
+        await api.client.post(path, json=body)
+
+    told = [each for each in lines(capsys) if each["event"] == "request refused"]
+    scraped = (await api.client.get("/metrics")).text
+
+    assert [(each["reason"], each["caller"]) for each in told] == [
+        ("unauthenticated", ""),
+        ("validation_failed", "gate"),
+        ("insufficient_scope", "ops"),
+    ]
+    assert all(each["client"] == "127.0.0.1" and each["request_id"] for each in told)
+    assert "secret" not in str(told)
+    for each in told:
+        assert f'arbiter_http_refused_total{{code="{each["reason"]}"}} 1.0' in scraped
 
 
 async def test_client_input_cannot_forge_a_line(

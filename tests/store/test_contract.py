@@ -30,6 +30,7 @@ from tests.support import (
     a_grant,
     close,
     create,
+    kill,
     new_id,
     opened,
 )
@@ -423,12 +424,12 @@ class TestAgents:
         mine = [await opened(store) for _ in range(3)]
         other = await opened(store, a_grant(agent_id=OTHER_AGENT))
 
-        assert await store.close_sessions_for_agent(AGENT) == 3
+        assert await kill(store, AGENT) == 3
 
         for session in mine:
             assert (await current(store, session)).status is SessionStatus.CLOSED
         assert (await current(store, other)).status is SessionStatus.ACTIVE
-        assert await store.close_sessions_for_agent(AGENT) == 0
+        assert await kill(store, AGENT) == 0
 
     async def test_only_active_sessions_are_counted_and_closed(
         self, store: SessionStore, clock: ManualClock
@@ -440,7 +441,7 @@ class TestAgents:
 
         assert await store.count_active_for_agent(AGENT) == 1
         assert await store.count_active_for_agent(OTHER_AGENT) == 0
-        assert await store.close_sessions_for_agent(AGENT) == 1
+        assert await kill(store, AGENT) == 1
 
     async def test_all_active_sessions_are_counted(
         self, store: SessionStore, clock: ManualClock

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.domain.admission import Admitted, DenialCode, Denied
+from app.domain.admission import Admitted, Denied
+from app.domain.advice import DenialCode
 from app.domain.errors import SessionLimitReached
 from app.domain.session import DataSensitivity, Session, SessionStatus
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
@@ -25,6 +26,7 @@ from tests.support import (
     a_grant,
     close,
     create,
+    kill,
     opened,
 )
 
@@ -159,7 +161,7 @@ async def test_retries_are_replayed_after_a_restart(reopen: Reopen, crash: bool)
 async def test_the_kill_switch_survives_a_restart(reopen: Reopen, crash: bool) -> None:
     store = await reopen()
     session = await opened(store)
-    assert await store.close_sessions_for_agent(AGENT) == 1
+    assert await kill(store, AGENT) == 1
 
     store = await reopen(crash=crash)
 

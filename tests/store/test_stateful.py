@@ -29,7 +29,16 @@ from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, Se
 from app.domain.tools import AllowList
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import DURABLE, STORES
-from tests.support import AGENT, OTHER_AGENT, ManualClock, a_grant, close, create, new_id
+from tests.support import (
+    AGENT,
+    OTHER_AGENT,
+    ManualClock,
+    a_grant,
+    close,
+    create,
+    kill,
+    new_id,
+)
 
 T = TypeVar("T")
 
@@ -326,7 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(agent=agents)
     def kill(self, agent: str) -> None:
-        assert self.run(self.store.close_sessions_for_agent(agent)) == self._active(agent)
+        assert self.run(kill(self.store, agent)) == self._active(agent)
         for model in self._of(agent):
             if model.status(self.clock.now) == "active":
                 model.closed = self.clock.now

@@ -27,7 +27,7 @@ from app.domain.admission import (
 )
 from app.domain.errors import SessionLimitReached
 from app.domain.lifecycle import Transition, close
-from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
+from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
@@ -252,12 +252,12 @@ class MemoryStore(SessionStore):
         return self._open.count_alive(self._clock())
 
     @override
-    async def close_sessions_for_agent(self, agent_id: str) -> int:
-        now = self._clock()
+    async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
+        now, transition = self._clock(), close(ClosedBy(actor, kill_switch=True))
         active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), FIRST, now))
         for position in active:
-            self._change(self._sessions[position.session_id], close, now)
-        return len(active)
+            self._change(self._sessions[position.session_id], transition, now)
+        return [position.session_id for position in active]
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:

@@ -10,6 +10,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from hiredis import pack_command
@@ -33,7 +34,7 @@ from redis.exceptions import (
     TimeoutError as TooSlow,
 )
 
-from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
 from app.store.availability import Availability
 from app.store.redis.scripts import Script
 from app.store.redis.url import Client, RedisUrl
@@ -80,18 +81,50 @@ def reason(error: Exception) -> str:
     return f"it failed ({type(error).__name__}: {str(error).partition(' ')[0][:40]})"
 
 
-def _packed_by_hiredis(kind: type[Any]) -> type[Any]:
-    """A kind of connection that packs commands in C. redis-py's asyncio connections do it in
-    Python, which took a third of the client's time."""
+class _Batch:
+    """Scripts that are sent together, and whether the engine can have received them."""
 
-    class Packing(kind):  # type: ignore[misc]  # mypy knows no base classes made at run time
+    def __init__(self) -> None:
+        self.is_sent = False
+        self.is_abandoned = False
+        """Whether a request that it holds has been answered: it must not be sent any more."""
+
+
+_batch: ContextVar[_Batch | None] = ContextVar("batch", default=None)
+"""What the task is sending, for its connection."""
+
+
+def _connection(kind: type[Any]) -> type[Any]:
+    """A kind of connection that packs commands in C, and marks a batch as sent just before it
+    writes it. redis-py's asyncio connections pack in Python, which took a third of the client's
+    time."""
+
+    class Connection(kind):  # type: ignore[misc]  # mypy knows no base classes made at run time
         def pack_command(self, *arguments: Any) -> list[bytes]:
             return [pack_command(arguments)]
 
         def pack_commands(self, commands: Sequence[tuple[Any, ...]]) -> list[bytes]:
             return [b"".join(map(pack_command, commands))]
 
-    return Packing
+        async def connect_check_health(self, *arguments: Any, **options: Any) -> None:
+            # What connecting sends is not the batch.
+            token = _batch.set(None)
+            try:
+                await super().connect_check_health(*arguments, **options)
+            finally:
+                _batch.reset(token)
+
+        async def send_packed_command(self, *arguments: Any, **options: Any) -> None:
+            batch = _batch.get()
+            if batch is not None:
+                if not self.is_connected:
+                    await self.connect_check_health(check_health=False)
+                if batch.is_abandoned:
+                    raise TooSlow
+                batch.is_sent = True
+            await super().send_packed_command(*arguments, **options)
+
+    return Connection
 
 
 class Step(NamedTuple):
@@ -107,10 +140,37 @@ class Step(NamedTuple):
         return (*how, len(self.keys), *self.keys, *self.arguments)
 
 
+_REFUSALS = (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ClusterDownError,
+)
+"""Replies to a script that has changed nothing. An engine without memory, and a replica, refuse
+the first write of a script or none."""
+
 _LOST = (CannotConnect, TooSlow, ClusterDownError, RedisClusterException)
 _ERRORS = (RedisError, RedisClusterException, OSError)
 
-Waiting = tuple[Step, asyncio.Future[Any]]
+
+class _Request:
+    """A script that someone waits for."""
+
+    __slots__ = ("batch", "future", "step")
+
+    def __init__(self, step: Step, future: asyncio.Future[Any]) -> None:
+        self.step = step
+        self.future = future
+        self.batch: _Batch | None = None
+
+    def fail(self, *, refused: bool = False) -> None:
+        """Raise an error to who waits: whether anything can have been recorded."""
+        if not self.future.done():
+            is_sent = self.batch is not None and self.batch.is_sent
+            unknown = is_sent and not refused
+            self.future.set_exception(StoreUnavailable() if unknown else StoreUnreachable())
 
 
 class _Lane:
@@ -118,7 +178,7 @@ class _Lane:
     holds nobody up who does not need it."""
 
     def __init__(self) -> None:
-        self.waiting: list[Waiting] = []
+        self.waiting: list[_Request] = []
         self.under_way = 0
 
 
@@ -129,7 +189,7 @@ class ScriptClient:
         self._url = url
         self._availability = Availability()
         self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
-        self._turn: list[asyncio.Future[Any]] = []
+        self._turn: list[_Request] = []
         self._sending: set[asyncio.Task[None]] = set()
         self._looking: asyncio.Task[None] | None = None
 
@@ -141,10 +201,10 @@ class ScriptClient:
         self._cluster = self._client if isinstance(self._client, RedisCluster) else None
         if isinstance(self._client, RedisCluster):
             kinds = self._client.connection_kwargs
-            kinds["connection_class"] = _packed_by_hiredis(kinds["connection_class"])
+            kinds["connection_class"] = _connection(kinds["connection_class"])
         else:
             pool = self._client.connection_pool
-            pool.connection_class = _packed_by_hiredis(pool.connection_class)
+            pool.connection_class = _connection(pool.connection_class)
         try:
             await self._check()
         except _ERRORS as error:
@@ -184,7 +244,7 @@ class ScriptClient:
 
     async def run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         """What the script returns. Raises `StoreUnavailable` if that cannot be known within
-        the deadline; the script may have run nevertheless."""
+        the deadline, and `StoreUnreachable` if it has not run and will not."""
         return await self.submit(Step(script, keys, arguments))
 
     async def submit_all(self, steps: Sequence[Step]) -> list[Any]:
@@ -201,16 +261,16 @@ class ScriptClient:
             return bool(await self._client.exists(key))
         except _ERRORS as error:
             self._availability.failed(reason(error))
-            raise StoreUnavailable from error
+            raise StoreUnreachable from error
 
     def submit(self, step: Step) -> asyncio.Future[Any]:
         """Send a script with all others of this turn of the event loop. See `run`."""
         if not self._turn:
             self._loop.call_soon(self._end_turn)
-        future: asyncio.Future[Any] = self._loop.create_future()
-        self._turn.append(future)
-        self._lane(step).waiting.append((step, future))
-        return future
+        request = _Request(step, self._loop.create_future())
+        self._turn.append(request)
+        self._lane(step).waiting.append(request)
+        return request.future
 
     def _lane(self, step: Step) -> _Lane:
         if self._cluster is None:
@@ -222,13 +282,15 @@ class ScriptClient:
             node = None
         return self._lanes[node.name if node else ""]
 
-    def _give_up(self, turn: list[asyncio.Future[Any]], grace: int) -> None:
-        late = [future for future in turn if not future.done()]
+    def _give_up(self, turn: list[_Request], grace: int) -> None:
+        late = [request for request in turn if not request.future.done()]
         if late and grace:
             self._loop.call_soon(self._give_up, late, grace - 1)
             return
-        for future in late:
-            future.set_exception(StoreUnavailable())
+        for request in late:
+            if request.batch is not None and not request.batch.is_sent:
+                request.batch.is_abandoned = True
+            request.fail()
         if late:
             self._availability.failed(reason(TooSlow()))
 
@@ -242,49 +304,51 @@ class ScriptClient:
     def _send_waiting(self, lane: _Lane) -> None:
         while lane.waiting and lane.under_way < PIPELINES:
             # What is no longer waited for has had no effect, and shall have none.
-            batch = [each for each in lane.waiting[:MOST_AT_ONCE] if not each[1].done()]
+            requests = [each for each in lane.waiting[:MOST_AT_ONCE] if not each.future.done()]
             del lane.waiting[:MOST_AT_ONCE]
-            if batch:
+            if requests:
                 lane.under_way += 1
-                task = self._loop.create_task(self._send(lane, batch))
+                task = self._loop.create_task(self._send(lane, requests))
                 self._sending.add(task)
                 task.add_done_callback(self._sending.discard)
 
-    async def _send(self, lane: _Lane, batch: list[Waiting]) -> None:
+    async def _send(self, lane: _Lane, requests: list[_Request]) -> None:
         try:
-            unknown = await self._pipeline(batch, by_name=True)
+            unknown = await self._pipeline(requests, by_name=True)
             if unknown:
                 await self._pipeline(unknown, by_name=False)
         except _ERRORS as error:
-            self._failed(batch, error)
+            self._failed(requests, error)
         finally:
             lane.under_way -= 1
             self._send_waiting(lane)
 
-    async def _pipeline(self, batch: list[Waiting], *, by_name: bool) -> list[Waiting]:
+    async def _pipeline(self, requests: list[_Request], *, by_name: bool) -> list[_Request]:
         """Run the scripts; those that the engine does not know."""
         pipeline = self._client.pipeline(transaction=False)
-        for step, _ in batch:
-            pipeline.execute_command(*step.command(by_name=by_name))
+        batch = _Batch()
+        for request in requests:
+            request.batch = batch
+            pipeline.execute_command(*request.step.command(by_name=by_name))
+        # For this task and those that it starts.
+        _batch.set(batch)
         results = await pipeline.execute(raise_on_error=False)
         unknown = []
-        for waiting, result in zip(batch, results, strict=True):
-            future = waiting[1]
+        for request, result in zip(requests, results, strict=True):
             if isinstance(result, NoScriptError):
-                unknown.append(waiting)
+                unknown.append(request)
             elif isinstance(result, Exception):
-                self._failed([waiting], result)
+                self._failed([request], result)
             else:
                 self._availability.succeeded()
-                if not future.done():
-                    future.set_result(result)
+                if not request.future.done():
+                    request.future.set_result(result)
         return unknown
 
-    def _failed(self, batch: list[Waiting], error: Exception) -> None:
+    def _failed(self, requests: list[_Request], error: Exception) -> None:
         self._availability.failed(reason(error))
-        for _, future in batch:
-            if not future.done():
-                future.set_exception(StoreUnavailable())
+        for request in requests:
+            request.fail(refused=isinstance(error, _REFUSALS))
         lost = isinstance(error, _LOST)
         if lost and self._cluster is not None and self._looking is None:
             self._looking = self._loop.create_task(self._look_around(self._cluster))

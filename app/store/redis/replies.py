@@ -11,14 +11,14 @@ from app.domain.admission import (
     NO_SESSION,
     Admission,
     Admitted,
-    DenialCode,
     Denied,
     check_usable,
     denial,
     violation,
 )
+from app.domain.advice import DenialCode
 from app.domain.session import MICROSECONDS, Grant, Session, Terms, Usage
-from app.store.codec import to_grant, to_text
+from app.store.codec import to_closed_by, to_grant, to_text
 
 TERMS_KEPT = 16_384
 """Sessions whose terms are cached."""
@@ -78,11 +78,14 @@ class TermsCache:
         the reply has no session."""
         if len(reply) == 1:
             return None
-        _, _, packed_usage, packed, grant = reply[:5]
+        _, _, packed_usage, packed, grant, by = reply[:6]
         if packed:
             created, expires, closed, rev, *_ = _TERMS.unpack_from(packed)
             closed_at = None if closed == _NONE else int(closed)
-            known = Terms(to_grant(grant), int(created), int(expires), closed_at, int(rev))
+            closed_by = to_closed_by(by) if by else None
+            known = Terms(
+                to_grant(grant), int(created), int(expires), closed_at, int(rev), closed_by
+            )
             self.keep(session_id, known)
         assert known is not None  # noqa: S101 - the script sent what was not known
         usage, as_of = unpack_usage(packed_usage)
@@ -103,11 +106,12 @@ def decision(
     unusable = check_usable(session, admission.agent_id, session.as_of)
     if unusable is not None:
         return unusable
-    codes, positions = reply[5:]
+    codes, positions = reply[6:]
+    calls = len(admission.tool_names)
     violations = tuple(
-        violation(DenialCode(code.decode()), session, tuple(positions)) for code in codes
+        violation(DenialCode(code.decode()), session, calls, tuple(positions)) for code in codes
     )
-    return denial(session, len(admission.tool_names), violations)
+    return denial(session, calls, violations)
 
 
 def creation(reply: list[Any]) -> Admitted | Denied | None:

@@ -25,9 +25,14 @@ from app.domain.admission import (
     Denied,
     too_many_sessions,
 )
-from app.domain.errors import SessionLimitReached, StoreUnavailable, StoreUnusable
+from app.domain.errors import (
+    SessionLimitReached,
+    StoreUnavailable,
+    StoreUnreachable,
+    StoreUnusable,
+)
 from app.domain.lifecycle import Transition
-from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus, Terms
+from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus, Terms
 from app.store.clock import Clock
 from app.store.codec import to_text
 from app.store.contract import (
@@ -222,7 +227,7 @@ class RedisStore(SessionStore):
     async def change(self, session_id: str, transition: Transition) -> Session | Denied:
         in_cell = keys.session_keys(session_id)[:2]
         for _ in range(MOST_ATTEMPTS):
-            session = await self.get(session_id)
+            session = await self._read_unchanged(session_id)
             if session is None:
                 return NO_SESSION
             terms = transition(session, session.as_of)
@@ -237,13 +242,22 @@ class RedisStore(SessionStore):
                 packed,
                 text,
                 self._limits.retention_secs * 1000,
+                "" if terms.closed_by is None else to_text(terms.closed_by),
                 *replies.exact_tools(terms.grant),
             )
             if reply[0] == b"changed":
                 self._terms.keep(session_id, terms)
                 usage, _ = replies.unpack_usage(reply[1])
                 return Session(session_id, terms, usage, session.as_of)
-        raise StoreUnavailable
+        # Each attempt was refused.
+        raise StoreUnreachable
+
+    async def _read_unchanged(self, session_id: str) -> Session | None:
+        try:
+            return await self.get(session_id)
+        except StoreUnavailable as error:
+            # It was only read so far.
+            raise StoreUnreachable from error
 
     @override
     async def get(self, session_id: str) -> Session | None:
@@ -272,15 +286,19 @@ class RedisStore(SessionStore):
         return [found[session_id] for session_id in session_ids]
 
     @override
-    async def close_sessions_for_agent(self, agent_id: str) -> int:
+    async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         in_cell = keys.agent_keys(agent_id)[:2]
-        retention, total, more = self._limits.retention_secs * 1000, 0, True
+        retention = self._limits.retention_secs * 1000
+        by = to_text(ClosedBy(actor, kill_switch=True))
+        all_closed: list[str] = []
+        more = True
         while more:
             closed, seen = await self._run(
-                scripts.CLOSE_AGENT, in_cell, CLOSED_AT_ONCE, retention
+                scripts.CLOSE_AGENT, in_cell, CLOSED_AT_ONCE, retention, by
             )
-            total, more = total + closed, seen == CLOSED_AT_ONCE
-        return total
+            all_closed += [session_id.decode() for session_id in closed]
+            more = seen == CLOSED_AT_ONCE
+        return all_closed
 
     @override
     async def count_active_for_agent(self, agent_id: str) -> int:

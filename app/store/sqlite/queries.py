@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from msgspec.structs import astuple, replace
 
 from app.domain.admission import Admission
-from app.domain.session import Grant, Session, Terms, Usage
-from app.store.codec import to_admission, to_grant, to_text
+from app.domain.session import ClosedBy, Grant, Session, Terms, Usage
+from app.store.codec import to_admission, to_closed_by, to_grant, to_text
 from app.store.contract import CreationKey, IdempotencyKey
 from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
@@ -24,7 +24,9 @@ GRANTS_KEPT = 16_384
 """How many decoded grants to cache."""
 
 _COUNTERS = "calls_made, rate_window_start, rate_window_calls"
-_SESSION = f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision"
+_SESSION = (
+    f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision, closed_by"
+)
 _OPEN, _CLOSED = "closed_at IS NULL", "closed_at IS NOT NULL"
 
 
@@ -68,9 +70,10 @@ class Queries:
         return None if row is None else self._found(row, now)
 
     def _found(self, row: Any, now: int) -> Found:
-        row_id, session_id, created_at, expires_at, made, start, calls, closed_at, rev = row
+        row_id, session_id, created_at, expires_at, made, start, calls, closed_at, rev, by = row
         grant = self._grant(session_id, row_id, rev)
-        terms = Terms(grant, created_at, expires_at, closed_at, rev)
+        closed_by = None if by is None else to_closed_by(by)
+        terms = Terms(grant, created_at, expires_at, closed_at, rev, closed_by)
         return Found(row_id, Session(session_id, terms, Usage(made, start, calls), now))
 
     def _grant(self, session_id: str, row_id: int, rev: int) -> Grant:
@@ -86,7 +89,7 @@ class Queries:
     def insert(self, session: Session) -> None:
         """Insert a new session."""
         row_id = self._db.execute(
-            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1)",
+            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1, NULL)",
             (
                 session.session_id,
                 session.grant.agent_id,
@@ -110,22 +113,30 @@ class Queries:
         """Replace the terms of a session."""
         # The table refuses calls past the budget, but a budget may be lowered below them.
         self._db.execute(
-            "UPDATE sessions SET expires_at = ?, closed_at = ?, revision = ?,"
+            "UPDATE sessions SET expires_at = ?, closed_at = ?, closed_by = ?, revision = ?,"
             " call_budget = max(?, calls_made) WHERE id = ?",
-            (after.expires_at, after.closed_at, after.rev, after.grant.call_budget, row_id),
+            (
+                after.expires_at,
+                after.closed_at,
+                None if after.closed_by is None else to_text(after.closed_by),
+                after.rev,
+                after.grant.call_budget,
+                row_id,
+            ),
         )
         if after.grant is not before.grant:
             self._db.execute(
                 "UPDATE grants SET terms = ? WHERE id = ?", (to_text(after.grant), row_id)
             )
 
-    def close_active_of(self, agent_id: str, now: int) -> int:
-        """Close the active sessions of an agent. Return their number."""
-        return self._db.execute(
-            "UPDATE sessions SET closed_at = ?, revision = revision + 1"
-            f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
-            (now, agent_id, now),
-        ).rowcount
+    def close_active_of(self, agent_id: str, now: int, by: ClosedBy) -> list[str]:
+        """Close the active sessions of an agent. Return their ids."""
+        closed = self._db.execute(
+            "UPDATE sessions SET closed_at = ?, closed_by = ?, revision = revision + 1"
+            f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ? RETURNING session_id",
+            (now, to_text(by), agent_id, now),
+        )
+        return [session_id for (session_id,) in closed]
 
     def delete(self, row_id: int, session_id: str) -> None:
         """Delete a session."""

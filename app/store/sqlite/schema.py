@@ -92,7 +92,10 @@ ALTER TABLE new_creations RENAME TO creations;
 CREATE INDEX forgettings ON creations (forget_at);
 """
 
-MIGRATIONS = (_TABLES, _REVISIONS)
+# Who closed a session and how, as JSON.
+_CLOSERS = "ALTER TABLE sessions ADD COLUMN closed_by TEXT;"
+
+MIGRATIONS = (_TABLES, _REVISIONS, _CLOSERS)
 """Scripts in order. The version of a file is the number of scripts applied to it."""
 
 

@@ -19,7 +19,7 @@ import msgspec
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
-from app.domain.errors import SessionLimitReached, StoreUnavailable
+from app.domain.errors import SessionLimitReached, StoreUnavailable, StoreUnreachable
 from app.domain.lifecycle import Transition
 from app.domain.session import Grant, Session
 from app.store.availability import Availability
@@ -91,20 +91,24 @@ class SqliteStore(SessionStore):
 
     def _commit(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """Run the jobs in one transaction and return their outcomes. If it fails, no job has
-        changed anything and every outcome is an error."""
+        changed anything and every outcome is an error. A COMMIT that fails is undone too, but
+        if the machine stops before the next one, it can turn out to be in the file."""
         outcomes: list[Any] = []
+        is_committing = False
         try:
             self._file.check_in_place()
             with self._transactions.transaction():
                 for job in jobs:
                     # One by one: their number shows which job hit a defect.
                     outcomes.append(self._outcome(job))  # noqa: PERF401
+                is_committing = True
         except (sqlite3.Error, OSError) as error:
             self._availability.failed(reason(error))
-            return [StoreUnavailable() for _ in jobs]
+            failure = StoreUnavailable if is_committing else StoreUnreachable
+            return [failure() for _ in jobs]
         except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
             met_in = len(outcomes)
-            return [defect if n == met_in else StoreUnavailable() for n in range(len(jobs))]
+            return [defect if n == met_in else StoreUnreachable() for n in range(len(jobs))]
         if not any(isinstance(outcome, StoreUnavailable) for outcome in outcomes):
             self._availability.succeeded()
         return outcomes
@@ -117,7 +121,7 @@ class SqliteStore(SessionStore):
             return refusal
         except msgspec.MsgspecError:
             self._availability.failed(DAMAGED)
-            return StoreUnavailable()
+            return StoreUnreachable()
 
     @override
     async def ping(self) -> None:
@@ -182,9 +186,9 @@ class SqliteStore(SessionStore):
         return await self._commits.submit(self._transactions.count_active)
 
     @override
-    async def close_sessions_for_agent(self, agent_id: str) -> int:
+    async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         return await self._commits.submit(
-            lambda: self._transactions.close_sessions_for_agent(agent_id)
+            lambda: self._transactions.close_sessions_for_agent(agent_id, actor)
         )
 
     @override

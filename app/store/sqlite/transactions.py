@@ -21,7 +21,7 @@ from app.domain.admission import (
 )
 from app.domain.errors import SessionLimitReached
 from app.domain.lifecycle import Transition
-from app.domain.session import MICROSECONDS, Grant, Session, SessionStatus
+from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus
 from app.store.clock import Clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
@@ -228,10 +228,11 @@ class Transactions:
         """See `SessionStore.count_active`."""
         return self._tally.open - self._queries.count_expired(self.now())
 
-    def close_sessions_for_agent(self, agent_id: str) -> int:
+    def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         """See `SessionStore.close_sessions_for_agent`."""
-        closed = self._queries.close_active_of(agent_id, self.now())
-        self._count(opened=-closed)
+        by = ClosedBy(actor, kill_switch=True)
+        closed = self._queries.close_active_of(agent_id, self.now(), by)
+        self._count(opened=-len(closed))
         return closed
 
     def cleanup_expired(self, limit: int) -> Swept:

@@ -164,9 +164,10 @@ class UnreliableReplicas(SessionStore):
         return await self._do(lambda store: store.count_active(), _same)
 
     @override
-    async def close_sessions_for_agent(self, agent_id: str) -> int:
+    async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         return await self._do(
-            lambda store: store.close_sessions_for_agent(agent_id), lambda _, then: then == 0
+            lambda store: store.close_sessions_for_agent(agent_id, actor),
+            lambda _, then: then == [],
         )
 
     @override

@@ -16,7 +16,7 @@ from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, Stor
 from app.store.redis.client import Step
 from app.store.redis.store import RedisStore
 from tests.conftest import STORES
-from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, opened
+from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, kill, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -135,7 +135,7 @@ async def fills_up_to_the_cap(store: RedisStore) -> None:
 async def kills(store: RedisStore) -> None:
     """Check that the kill switch reaches every session."""
     active = await store.count_active()
-    assert await store.close_sessions_for_agent(AGENT) == active
+    assert await kill(store, AGENT) == active
     assert all(each.status is not SessionStatus.ACTIVE for each in await everything(store))
     assert await store.count_active() == 0
 
@@ -226,9 +226,7 @@ async def test_an_interrupted_kill_switch(
     for _ in range(CAP):
         await opened(living)
 
-    failed = await interrupted(
-        dying, lambda: dying.close_sessions_for_agent(AGENT), at, how, monkeypatch
-    )
+    failed = await interrupted(dying, lambda: kill(dying, AGENT), at, how, monkeypatch)
 
     closed = CAP if not failed else min(CAP, at + (how != "before"))
     sessions = await agrees(living, dying)

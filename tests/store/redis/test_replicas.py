@@ -12,7 +12,7 @@ from app.store.redis.store import RedisStore
 from tests.conftest import PATIENTLY
 from tests.engines import Server
 from tests.store.redis.test_store import connected
-from tests.support import AGENT, a_batch, a_grant, close, opened
+from tests.support import AGENT, a_batch, a_grant, close, kill, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +38,7 @@ class TestReplicas:
         store = await connected(server.url + PATIENTLY)
         await asyncio.gather(*(opened(store) for _ in range(1001)))
 
-        assert await store.close_sessions_for_agent(AGENT) == 1001
+        assert await kill(store, AGENT) == 1001
 
         assert await store.count_active_for_agent(AGENT) == await store.count_active() == 0
         await store.aclose()

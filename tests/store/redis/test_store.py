@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from app.domain.admission import Admitted
-from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
 from app.domain.session import Session, SessionStatus
 from app.store.contract import IdempotencyKey, StoreLimits
 from app.store.redis.client import Step
@@ -21,7 +21,7 @@ from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl
 from tests.engines import Server
 from tests.faults import FaultProxy, proxied
-from tests.support import AGENT, a_call, a_grant, close, create, opened
+from tests.support import AGENT, a_call, a_grant, close, create, kill, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -258,6 +258,43 @@ class TestFailures:
         again = await opened(store)
         assert isinstance(await store.record(again.session_id, a_call()), Admitted)
 
+    async def test_what_was_never_sent_is_certain(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        session = await opened(store)
+        server.kill()
+        # A connection that was open shows only in use that it is not.
+        with pytest.raises(StoreUnavailable):
+            await store.record(session.session_id, a_call())
+
+        with pytest.raises(StoreUnreachable):
+            await store.record(session.session_id, a_call())
+
+    async def test_what_an_engine_that_hangs_was_sent_is_unknown(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        session = await opened(store)
+        server.pause()
+        with pytest.raises(StoreUnavailable) as raised:
+            await store.record(session.session_id, a_call())
+        server.resume()
+        await recovered(store)
+
+        after = await store.get(session.session_id)
+
+        assert raised.value.outcome_unknown
+        assert after is not None
+        assert after.usage.calls_made == 1
+
+    async def test_a_change_that_could_not_be_read_is_certain(
+        self, server: Server, store: RedisStore
+    ) -> None:
+        session = await opened(store)
+        server.pause()
+
+        with pytest.raises(StoreUnreachable):
+            await close(store, session.session_id)
+
     async def test_an_engine_that_hangs(self, server: Server, store: RedisStore) -> None:
         session = await opened(store)
         server.pause()
@@ -276,7 +313,7 @@ class TestFailures:
             create(store),
             store.ping(),
         ):
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(StoreUnreachable):
                 await attempt
 
         server.client.config_set("maxmemory", 0)
@@ -293,7 +330,7 @@ class TestFailures:
         server.client.config_set("maxmemory", 1)
 
         closed = await close(store, closing.session_id)
-        number = await store.close_sessions_for_agent(AGENT)
+        number = await kill(store, AGENT)
 
         server.client.config_set("maxmemory", 0)
         await recovered(store)
@@ -392,6 +429,32 @@ class TestNetwork:
         assert isinstance(again, Admitted)
         assert again.replayed
         assert again.session.usage.calls_made == 2
+
+    async def test_what_is_counted_is_explained_by_the_outcomes(
+        self, store: RedisStore, proxy: FaultProxy
+    ) -> None:
+        session = await opened(store, a_grant(call_budget=10_000))
+        admitted = unknown = 0
+        for fault in ("none", "lost", "reset", "slow", "none") * 4:
+            proxy.drop_replies = fault == "lost"
+            proxy.delay_secs = 0.4 if fault == "slow" else 0
+            attempts = [store.record(session.session_id, a_call()) for _ in range(20)]
+            racing = asyncio.gather(*attempts, return_exceptions=True)
+            if fault == "reset":
+                await asyncio.sleep(0)
+                await proxy.reset()
+            for outcome in await racing:
+                admitted += isinstance(outcome, Admitted)
+                unknown += isinstance(outcome, StoreUnavailable) and outcome.outcome_unknown
+            proxy.drop_replies, proxy.delay_secs = False, 0
+            await proxy.reset()
+            await recovered(store)
+
+        after = await store.get(session.session_id)
+
+        assert after is not None
+        assert admitted <= after.usage.calls_made <= admitted + unknown
+        assert unknown
 
     async def test_a_slow_reply_is_not_waited_for(
         self, store: RedisStore, proxy: FaultProxy

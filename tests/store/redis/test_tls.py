@@ -25,6 +25,7 @@ from tests.support import (
     a_grant,
     close,
     create,
+    kill,
     opened,
     session_request,
 )
@@ -115,7 +116,7 @@ async def test_a_session_lives_its_whole_life(engine: Engine) -> None:
     assert await store.count_active() == await store.count_active_for_agent(AGENT) == 1
     await opened(store)
     assert isinstance(await close(store, session_id), Session)
-    assert await store.close_sessions_for_agent(AGENT) == 1
+    assert await kill(store, AGENT) == 1
     assert (await store.cleanup_expired(10)).closed == 2
     assert await store.get(session_id) is None
     await store.aclose()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.admission import Admitted, DenialCode, Denied
+from app.domain.admission import Admitted, Denied
+from app.domain.advice import DenialCode
 from app.domain.session import SessionStatus
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import STORES
-from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, opened
+from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, kill, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +33,7 @@ TOLD: dict[str, Callable[[SessionStore, str], Awaitable[object]]] = {
     ),
     "a count": lambda store, _: store.count_active(),
     "a count of the agent": lambda store, _: store.count_active_for_agent(AGENT),
-    "the kill switch": lambda store, _: store.close_sessions_for_agent(AGENT),
+    "the kill switch": lambda store, _: kill(store, AGENT),
     "a creation under the cap": lambda store, _: create(store, a_grant(time_limit_secs=1)),
 }
 
@@ -63,7 +64,7 @@ async def test_an_expiry_that_was_told_is_remembered(
     seen = await store.get(session.session_id)
     assert seen is not None
     assert seen.status is SessionStatus.EXPIRED
-    assert await store.close_sessions_for_agent(AGENT) <= 1
+    assert await kill(store, AGENT) <= 1
     active = await store.list_all(SessionFilter(None, SessionStatus.ACTIVE), limit=9)
     assert session.session_id not in [each.session_id for each in active.sessions]
     assert isinstance(await create(store), Admitted)

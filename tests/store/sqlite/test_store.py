@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from app.domain.admission import Admitted
-from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
 from app.domain.session import SessionStatus
 from app.store import open_store
 from app.store.codec import to_text
@@ -20,7 +21,17 @@ from app.store.sqlite.backup import back_up
 from app.store.sqlite.file import Location
 from app.store.sqlite.schema import APPLICATION_ID, MIGRATIONS, migrate
 from app.store.sqlite.store import SqliteStore
-from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, new_id, opened
+from tests.support import (
+    AGENT,
+    ManualClock,
+    a_call,
+    a_grant,
+    close,
+    create,
+    kill,
+    new_id,
+    opened,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -323,7 +334,7 @@ class TestFailingCommits:
             return_exceptions=True,
         )
 
-        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 3
+        assert [type(outcome) for outcome in outcomes] == [StoreUnreachable] * 3
         database(store).execute("PRAGMA max_page_count = 100000")
         decision = await store.record(session.session_id, a_call())
         assert isinstance(decision, Admitted)
@@ -342,10 +353,29 @@ class TestFailingCommits:
             return_exceptions=True,
         )
 
-        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
+        assert [type(outcome) for outcome in outcomes] == [StoreUnreachable] * 2
         assert await store.count_active() == 0
         tally = store._transactions._tally
         assert (tally.sessions, tally.open, tally.creations.total) == (0, 0, 0)
+
+    async def test_the_outcome_of_a_commit_that_fails_is_unknown(
+        self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is undone, but a machine that stops at once could find it in the log."""
+        transaction = store._transactions.transaction
+
+        @contextmanager
+        def failing() -> Iterator[None]:
+            with transaction():
+                yield
+                raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(store._transactions, "transaction", failing)
+
+        with pytest.raises(StoreUnavailable) as raised:
+            await create(store)
+
+        assert raised.value.outcome_unknown
 
     async def test_a_failed_creation_can_be_repeated(self, store: SqliteStore) -> None:
         (pages,) = database(store).execute("PRAGMA page_count").fetchone()
@@ -425,7 +455,7 @@ class TestCost:
         await store.count_active()
         await store.count_active_for_agent(AGENT)
         await close(store, session.session_id)
-        await store.close_sessions_for_agent(AGENT)
+        await kill(store, AGENT)
         clock.advance(10**6)
         await store.cleanup_expired(100)
         db.set_trace_callback(None)

@@ -119,7 +119,7 @@ if session.rate >= 0 and used + n > session.rate then
 end
 if #violations > 0 then
   local denied = reply(violations[1], session, KEY, known_rev)
-  denied[6], denied[7] = violations, positions
+  denied[7], denied[8] = violations, positions
   return denied
 end
 

@@ -1,7 +1,7 @@
 -- Replace the terms of a session, if they still have the revision that the change was made for.
 -- KEYS  clock, session
 -- ARGV  prefix, now, session id, revision before, new terms as packed, grant as text, retention
---       in milliseconds, then exact tool names
+--       in milliseconds, who closed it or '', then exact tool names
 -- Returns {'changed', usage}, {'moved'} if the revision is another one, or {'session_not_found'}.
 
 local id, key = ARGV[3], KEYS[2]
@@ -14,8 +14,8 @@ if before.rev ~= tonumber(ARGV[4]) then
 end
 local session = {}
 unpack_terms(session, ARGV[5])
-local fields = {'t', ARGV[5], 'g', ARGV[6], 'u', raw[2]}
-for i = 8, #ARGV do
+local fields = {'t', ARGV[5], 'g', ARGV[6], 'u', raw[2], 'c', ARGV[8]}
+for i = 9, #ARGV do
   fields[#fields + 1] = '=' .. ARGV[i]
   fields[#fields + 1] = ''
 end

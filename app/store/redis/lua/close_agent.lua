@@ -1,10 +1,10 @@
 -- Close active sessions of an agent.
 -- KEYS  clock, the agent's open sessions
--- ARGV  prefix, now, most sessions, retention in milliseconds
--- Returns {closed, looked at}. If it looked at the most, there may be more.
+-- ARGV  prefix, now, most sessions, retention in milliseconds, who closes them
+-- Returns {ids closed, number looked at}. If it looked at the most, there may be more.
 
 local ids = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. whole(now), '+inf', 'LIMIT', 0, ARGV[3])
-local closed = 0
+local closed = {}
 for _, id in ipairs(ids) do
   local key = session_key(id)
   local packed = redis.call('HGET', key, 't')
@@ -17,8 +17,8 @@ for _, id in ipairs(ids) do
     index(id, session, tonumber(ARGV[4]))
     redis.call('HSET', key, 't', struct.pack(TERMS, session.created, session.expires,
       session.closed, session.rev, session.budget, session.rate, session.window,
-      session.ceiling) .. packed:sub(65))
-    closed = closed + 1
+      session.ceiling) .. packed:sub(65), 'c', ARGV[5])
+    closed[#closed + 1] = id
   end
 end
 -- Sessions left out as expired must not come back to life.

@@ -48,7 +48,7 @@ local function report_expired_of(key)
 end
 
 -- The session's fields: 't' its terms, packed, then agent and patterns; 'g' the grant as text;
--- 'u' its usage, packed; and one field '=NAME' for each exact tool name.
+-- 'u' its usage, packed; 'c' who closed it; and one field '=NAME' for each exact tool name.
 local TERMS, USAGE = '>dddddddd', '>dddd'
 
 local function unpack_terms(session, packed)
@@ -89,10 +89,10 @@ end
 local function reply(outcome, session, key, known_rev)
   local usage = struct.pack(USAGE, session.made, session.start, session.calls, session.now)
   if tonumber(known_rev) == session.rev then
-    return {outcome, session.rev, usage, '', ''}
+    return {outcome, session.rev, usage, '', '', ''}
   end
-  local terms = redis.call('HMGET', key, 't', 'g')
-  return {outcome, session.rev, usage, terms[1], terms[2]}
+  local terms = redis.call('HMGET', key, 't', 'g', 'c')
+  return {outcome, session.rev, usage, terms[1], terms[2], terms[3] or ''}
 end
 
 -- Keep the indexes in line with a session, and let everything about it live until its end and for
