@@ -28,7 +28,7 @@ from bench.servers import ours
 
 TICK_SECS = 0.001
 CONNECTIONS = 3072
-CAPACITY_CONNECTIONS = 512
+CAPACITY_CONNECTIONS = 256
 """For measuring the capacity: many, as offered, but few enough that none is refused."""
 IDLE_CONNECTIONS = 500
 

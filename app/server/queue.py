@@ -2,8 +2,9 @@
 
 Overload is how long requests wait, not how many arrive at once: a burst that is served within
 the delay is no overload. Under overload a queue would only add its delay to every request
-served. So once a request has waited too long, none waits until the delay has passed without a
-refusal: like CoDel (RFC 8289), which drops while the delay of a queue stays high.
+served. So once a request has waited too long, none joins for as long as the delay: the queue
+drains, like one under CoDel (RFC 8289), which drops while the delay stays high. Refusals do not
+prolong that. Else clients that retry at once would be refused for ever after one stall.
 """
 
 from __future__ import annotations
@@ -38,22 +39,21 @@ class RequestQueue(Generic[W]):
         self._max_delay_secs = max_delay_secs
         self._clock = clock
         self._waiting: deque[tuple[float, W]] = deque()
-        self._refused_at = -math.inf
+        self._late_at = -math.inf
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
     def has_room(self) -> bool:
-        """Whether one more request may wait. If not, it counts as refused."""
+        """Whether one more request may wait."""
         waiting, now = self._waiting, self._clock()
         while waiting and not waiting[0][1].is_waiting:
             waiting.popleft()
         delay = self._max_delay_secs
         is_late = bool(waiting) and now - waiting[0][0] > delay
-        if is_late or now - self._refused_at <= delay or not delay:
-            self._refused_at = now
-            return False
-        return True
+        if is_late:
+            self._late_at = now
+        return now - self._late_at > delay > 0
 
     def join(self, waiter: W) -> None:
         """Add a request at the end."""
@@ -66,7 +66,7 @@ class RequestQueue(Generic[W]):
         while waiting and now - waiting[0][0] > self._max_delay_secs:
             _, waiter = waiting.popleft()
             if waiter.is_waiting:
-                self._refused_at = now
+                self._late_at = now
                 waiter.shed()
 
     def take(self) -> W | None:
