@@ -126,7 +126,7 @@ async def get_session(session_id: SessionId, service: Service) -> RawResponse:
     tags=["sessions"],
     response_model=Session,
     responses=problem_responses(SESSION_NOT_FOUND, SESSION_CLOSED, *ALWAYS),
-    openapi_extra=allow(Scope.OPERATE),
+    openapi_extra=allow(Scope.PROXY, Scope.OPERATE),
 )
 async def close_session(
     request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor

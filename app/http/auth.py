@@ -37,7 +37,7 @@ class Scope(StrEnum):
     OPERATE = "operate"
     """Read, list and close sessions; agents; metrics."""
     PROXY = "proxy"
-    """Create and read sessions; calls and batches."""
+    """Create, read and close sessions; calls and batches."""
 
 
 @dataclass(frozen=True, slots=True)

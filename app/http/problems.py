@@ -102,9 +102,9 @@ INSUFFICIENT_SCOPE = ProblemType(
     "Insufficient scope",
     "The scope of this API key does not cover this request. Use a key with a scope that the "
     "WWW-Authenticate header names.",
-    "Use a key with another scope. proxy may create and read sessions and record calls and "
-    "batches. operate may read, list and close sessions, see agents and read metrics. admin "
-    "may do everything.",
+    "Use a key with another scope. proxy may create, read and close sessions and record calls "
+    "and batches. operate may read, list and close sessions, see agents and read metrics. "
+    "admin may do everything.",
     "The call could not be checked; stop here.",
     next_action="ask_operator",
 )

@@ -26,7 +26,7 @@ ROUTES = [
     ("POST", "/sessions", {"admin", "proxy"}),
     ("GET", "/sessions", {"admin", "operate"}),
     ("GET", f"/sessions/{AGENT}", {"admin", "operate", "proxy"}),
-    ("DELETE", f"/sessions/{AGENT}", {"admin", "operate"}),
+    ("DELETE", f"/sessions/{AGENT}", {"admin", "operate", "proxy"}),
     ("POST", f"/sessions/{AGENT}/calls", {"admin", "proxy"}),
     ("POST", f"/sessions/{AGENT}/batch", {"admin", "proxy"}),
     ("GET", f"/agents/{AGENT}", {"admin", "operate"}),

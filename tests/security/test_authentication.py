@@ -54,7 +54,7 @@ ROUTES = {
     "batch": (b"POST %session/batch", {"proxy"}),
     "read": (b"GET %session", {"proxy", "operate"}),
     "list": (b"GET /sessions", {"operate"}),
-    "close": (b"DELETE %session", {"operate"}),
+    "close": (b"DELETE %session", {"proxy", "operate"}),
     "agent": (b"GET /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7", {"operate"}),
     "kill": (b"DELETE /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7/sessions", {"operate"}),
     "metrics": (b"GET /metrics", {"operate"}),
