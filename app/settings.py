@@ -20,7 +20,7 @@ from pydantic import DirectoryPath, Field, ValidationError, field_validator, mod
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.http.auth import ApiKey, is_loopback
+from app.http.auth import ApiKey, KeyRing, is_loopback
 from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of
@@ -73,10 +73,8 @@ class Settings(BaseSettings):
     def _parse_keys(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        keys = tuple(ApiKey.parse(part) for part in value.split(",")) if value.strip() else ()
-        if len({key.name for key in keys}) != len(keys):
-            raise ValueError("two API keys have the same name; use a new name to rotate a key")
-        return keys
+        parts = value.split(",") if value.strip() else []
+        return KeyRing(map(ApiKey.parse, parts)).keys
 
     @field_validator("audit_log")
     @classmethod

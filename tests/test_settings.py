@@ -12,6 +12,7 @@ import pytest
 from app.settings import BadSettings, Settings, load_settings, redact_url
 
 DIGEST = "0123456789abcdef" * 4
+OTHER_DIGEST = "fedcba9876543210" * 4
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,8 @@ def test_the_defaults_are_as_documented() -> None:
         ({"ARBITER_STORE_URL": "mongo://x"}, "use one of: memory://"),
         ({"ARBITER_STORE_URL": "memory://x"}, "write memory://"),
         ({"ARBITER_API_KEYS": "gate:proxy:nope"}, "ARBITER_API_KEYS: "),
-        ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{DIGEST}"}, "same name"),
+        ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:proxy:{DIGEST}"}, "there twice"),
+        ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{OTHER_DIGEST}"}, "same scope"),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},"}, "ARBITER_API_KEYS: "),
         ({"ARBITER_WORKERS": "2"}, "ARBITER_WORKERS must be 1 with the memory store"),
         ({"ARBITER_HOST": "0.0.0.0"}, "refusing to listen on 0.0.0.0"),

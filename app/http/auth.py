@@ -2,7 +2,7 @@
 
 A key is `<name>.<secret>`. The secret is 32 random bytes in url-safe base64. Only its SHA-256
 is configured, so a leaked configuration grants no access. One plain hash is enough because the
-secret has full entropy.
+secret has full entropy. A name may have two secrets while it is rotated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address
+from typing import Any, NamedTuple
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LOOPBACK_HOST = re.compile(rb"(?i:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{1,5})?")
@@ -24,6 +25,9 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PROVEN = 1024
 """Maximum number of verified headers to cache. One key can be written in many ways, since the
 case of the scheme and the number of spaces vary."""
+
+SECRETS_OF_A_NAME = 2
+"""The old secret and the new one."""
 
 Server = tuple[str, int | None] | None
 """The local address that received a request: `server` of the ASGI scope."""
@@ -48,6 +52,8 @@ class ApiKey:
     scope: Scope
     digest: str = field(repr=False)
     """SHA-256 of the secret, in lower-case hex."""
+    ceilings: Any = None
+    """What the key may grant at most. HTTP only passes it on."""
 
     @classmethod
     def parse(cls, text: str) -> ApiKey:
@@ -69,6 +75,34 @@ class ApiKey:
         return f"{self.name}:{self.scope}:{self.digest}"
 
 
+class KeyRing:
+    """API keys by name. A name has one secret, or two while it is rotated."""
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        self.by_name: dict[str, list[ApiKey]] = {}
+        for key in keys:
+            self.add(key)
+
+    def add(self, key: ApiKey) -> None:
+        """Add a key. Raises `ValueError` if it cannot stand beside the others; the message
+        does not repeat the key."""
+        same = self.by_name.get(key.name, [])
+        if any(each.digest == key.digest for each in same):
+            raise ValueError("the same API key is there twice")
+        if len(same) == SECRETS_OF_A_NAME:
+            raise ValueError("three API keys have the same name; a name may have two secrets")
+        if any((each.scope, each.ceilings) != (key.scope, key.ceilings) for each in same):
+            raise ValueError(
+                "two API keys with the same name must have the same scope and the same limits"
+            )
+        self.by_name[key.name] = [*same, key]
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """All keys."""
+        return tuple(key for same in self.by_name.values() for key in same)
+
+
 def new_key(name: str, scope: Scope) -> tuple[ApiKey, str]:
     """Make a key. Return what to configure and the token to send. Raises `ValueError` if the
     name is invalid."""
@@ -83,6 +117,8 @@ class Caller:
 
     name: str
     scope: Scope
+    ceilings: Any = None
+    """What the caller may grant at most; `None` without limits of its own."""
 
     def may(self, allowed: Iterable[Scope]) -> bool:
         """Return whether the caller has one of the `allowed` scopes, or admin."""
@@ -92,7 +128,17 @@ class Caller:
 NOBODY = Caller("", Scope.PROXY)
 """The caller of a request whose key has not been checked."""
 
-_NOBODY: tuple[bytes, Caller | None] = (bytes(32), None)
+
+class _Known(NamedTuple):
+    """A name that may be sent, with the digests of its secrets."""
+
+    first: bytes
+    second: bytes
+    """The same as the first if there is only one secret."""
+    caller: Caller | None
+
+
+_NOBODY = _Known(bytes(32), bytes(32), None)
 
 
 class Unauthenticated(Exception):
@@ -107,13 +153,20 @@ class Authenticator:
     """
 
     def __init__(self, keys: Iterable[ApiKey], *, allow_unauthenticated: bool) -> None:
-        self._known: dict[bytes, tuple[bytes, Caller | None]] = {
-            key.name.encode(): (bytes.fromhex(key.digest), Caller(key.name, key.scope))
-            for key in keys
-        }
+        self._known = _known(keys)
         self._proven: dict[bytes, Caller] = {}
         self._open_everywhere = allow_unauthenticated
         self._anyone = Caller("", Scope.ADMIN)
+
+    def replace_keys(self, keys: Iterable[ApiKey]) -> None:
+        """Accept these keys from now on, and no others. Raises `ValueError`, and changes
+        nothing, if there are none: the service would be open then."""
+        known = _known(keys)
+        if not known:
+            raise ValueError("there would be no API keys")
+        self._known = known
+        # It remembers headers with keys that are gone.
+        self._proven = {}
 
     @property
     def enabled(self) -> bool:
@@ -159,14 +212,25 @@ class Authenticator:
     def _prove(self, authorization: bytes) -> Caller:
         scheme, _, token = authorization.partition(b" ")
         name, _, secret = token.strip().partition(b".")
-        # An unknown name costs the same hash and comparison as a known one.
-        expected, caller = self._known.get(name, _NOBODY)
-        proven = compare_digest(sha256(secret).digest(), expected)
+        # An unknown name costs the same hash and comparisons as a known one, and one secret the
+        # same as two. `or` would skip the second comparison.
+        first, second, caller = self._known.get(name, _NOBODY)
+        digest = sha256(secret).digest()
+        proven = compare_digest(digest, first) | compare_digest(digest, second)
         if not proven or caller is None or scheme.lower() != b"bearer":
             raise Unauthenticated(
                 "The API key is not valid. Send Authorization: Bearer <name>.<secret>"
             )
         return caller
+
+
+def _known(keys: Iterable[ApiKey]) -> dict[bytes, _Known]:
+    known = {}
+    for name, same in KeyRing(keys).by_name.items():
+        digests = [bytes.fromhex(key.digest) for key in same]
+        caller = Caller(name, same[0].scope, same[0].ceilings)
+        known[name.encode()] = _Known(digests[0], digests[-1], caller)
+    return known
 
 
 def _is_local(server: Server) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 
 import httpx
 import pytest
 
-from app.http.auth import ApiKey, Authenticator, Scope, Unauthenticated, is_loopback, new_key
+from app.http.auth import (
+    ApiKey,
+    Authenticator,
+    KeyRing,
+    Scope,
+    Unauthenticated,
+    is_loopback,
+    new_key,
+)
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, new_id, session_request
 
@@ -104,6 +113,78 @@ async def test_the_key_is_checked_before_the_body(guarded: Api) -> None:
     answer = await guarded.client.post("/sessions", content=b"{not json")
 
     assert answer.status_code == 401
+
+
+async def test_a_name_may_have_two_secrets_while_it_is_rotated(make_api: MakeApi) -> None:
+    api = await make_api(
+        api_keys=(key("gate", Scope.PROXY, "old"), key("gate", Scope.PROXY, "new"))
+    )
+
+    statuses = {
+        secret: (
+            await api.client.post(
+                "/sessions",
+                json=session_request(),
+                headers={"authorization": f"Bearer gate.{secret}"},
+            )
+        ).status_code
+        for secret in ("old", "new", "other")
+    }
+
+    assert statuses == {"old": 201, "new": 201, "other": 401}
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        (key("gate", Scope.PROXY, "old"), "twice"),
+        (key("gate", Scope.ADMIN, "new"), "same scope"),
+        (replace(key("gate", Scope.PROXY, "new"), ceilings=1), "same limits"),
+    ],
+)
+def test_two_secrets_of_a_name_differ_in_nothing_else(added: ApiKey, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refusal:
+        KeyRing([key("gate", Scope.PROXY, "old"), added])
+
+    assert added.digest not in str(refusal.value)
+
+
+def test_a_name_has_no_three_secrets() -> None:
+    with pytest.raises(ValueError, match="three API keys"):
+        KeyRing(key("gate", Scope.PROXY, secret) for secret in ("a", "b", "c"))
+
+
+class TestReplacedKeys:
+    OLD = b"Bearer gate.old"
+    NEW = b"Bearer gate.new"
+
+    @pytest.fixture
+    def authenticator(self) -> Authenticator:
+        return Authenticator([key("gate", Scope.PROXY, "old")], allow_unauthenticated=True)
+
+    def test_replaced_keys_are_accepted_and_others_refused_at_once(
+        self, authenticator: Authenticator
+    ) -> None:
+        # The header is cached now, and must be forgotten.
+        authenticator.identify(self.OLD, None)
+
+        authenticator.replace_keys([key("gate", Scope.ADMIN, "new")])
+
+        assert authenticator.identify(self.NEW, None).scope is Scope.ADMIN
+        with pytest.raises(Unauthenticated):
+            authenticator.identify(self.OLD, None)
+
+    @pytest.mark.parametrize("keys", [[], [key("gate", Scope.PROXY)] * 2])
+    def test_keys_that_cannot_be_used_change_nothing(
+        self, authenticator: Authenticator, keys: list[ApiKey]
+    ) -> None:
+        with pytest.raises(ValueError, match="API key"):
+            authenticator.replace_keys(keys)
+
+        assert authenticator.enabled
+        assert authenticator.identify(self.OLD, None).name == "gate"
+        with pytest.raises(Unauthenticated):
+            authenticator.identify(None, None)
 
 
 async def test_two_keys_work_side_by_side_during_a_rotation(make_api: MakeApi) -> None:
@@ -256,7 +337,8 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
         except Unauthenticated:
             continue
 
-    assert compared == [(32, 32)] * 5
+    # Two for each: as many as a name can have.
+    assert compared == [(32, 32)] * 10
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def lines_run(authenticator: Authenticator, authorization: bytes) -> list[tuple[
 def test_every_guess_runs_the_same_lines() -> None:
     """Time is not measured. All guesses run the same lines, and the comparison itself is
     constant-time (`test_secrets_are_compared_in_constant_time`)."""
-    authenticator = Authenticator([GATE, OPS], allow_unauthenticated=False)
+    rotated, _ = new_key("ops", Scope.OPERATE)
+    authenticator = Authenticator([GATE, OPS, rotated], allow_unauthenticated=False)
     # The valid token is cached, which must not change what a guess runs.
     authenticator.identify(f"Bearer {GATE_TOKEN}".encode(), None)
 
@@ -184,6 +185,7 @@ def test_every_guess_runs_the_same_lines() -> None:
             f"gate.{SECRET[0]}{'A' * 42}",
             f"nobody.{SECRET}",
             f"nobody.{'A' * 43}",
+            f"ops.{'A' * 43}",
         )
     ]
 
