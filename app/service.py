@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from collections.abc import Set as AbstractSet
 from hashlib import sha256
 
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.ceilings import Ceilings, GrantExceedsKey, exceeded, lowered
 from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
 from app.domain.lifecycle import close
-from app.domain.session import (
-    DEFAULT_TIME_LIMIT_SECS,
-    ClosedBy,
-    DataSensitivity,
-    Grant,
-    Session,
-)
+from app.domain.session import ClosedBy, DataSensitivity, Grant, Session
 from app.observability.audit import Actor
 from app.observability.events import Events
 from app.store.codec import to_text
@@ -53,43 +49,55 @@ class SessionService:
         grant: Grant,
         actor: Actor,
         *,
-        time_limit_secs: int | None,
+        sent: AbstractSet[str],
+        ceilings: Ceilings | None = None,
         idempotency: IdempotencyKey | None = None,
     ) -> Admitted | Denied:
-        """Create a session. If `time_limit_secs` is `None`, the default applies, or this
-        server's maximum if that is shorter.
+        """Create a session. `sent` are the fields that the request has; the defaults of the
+        others are lowered to the `ceilings` of the caller's key and to this server's maximum.
 
-        Raises `InvalidField` for a time limit above the maximum.
+        Raises `GrantExceedsKey` for a grant beyond the ceilings, and `InvalidField` for a time
+        limit above the maximum.
         """
         key = None
         if idempotency is not None:
-            key = CreationKey(*idempotency, _digest(grant, time_limit_secs))
-        if time_limit_secs is None:
-            time_limit_secs = min(DEFAULT_TIME_LIMIT_SECS, self._max_time_limit_secs)
+            key = CreationKey(*idempotency, _digest(grant, sent))
+        if ceilings is not None:
+            grant = lowered(grant, ceilings, sent)
+        if "time_limit_secs" not in sent:
+            secs = min(grant.time_limit_secs, self._max_time_limit_secs)
+            grant = replace(grant, time_limit_secs=secs)
+        refusal = self._refusal(grant, ceilings)
         try:
-            if time_limit_secs <= self._max_time_limit_secs:
-                grant = replace(grant, time_limit_secs=time_limit_secs)
+            if refusal is None:
                 decision = await self._store.create(grant, key)
             else:
-                decision = await self._replay_creation(grant.agent_id, key)
+                decision = await self._replay_creation(grant.agent_id, key, refusal)
         except _UNDECIDED as error:
             self._events.failed("create", error, actor, agent_id=grant.agent_id)
             raise
         self._events.created(grant.agent_id, decision, actor)
         return decision
 
+    def _refusal(self, grant: Grant, ceilings: Ceilings | None) -> ArbiterError | None:
+        if ceilings is not None and (limits := exceeded(grant, ceilings)):
+            return GrantExceedsKey(limits)
+        if grant.time_limit_secs <= self._max_time_limit_secs:
+            return None
+        return InvalidField(
+            "body",
+            "time_limit_secs",
+            f"This server allows at most {self._max_time_limit_secs} seconds.",
+        )
+
     async def _replay_creation(
-        self, agent_id: str, key: CreationKey | None
+        self, agent_id: str, key: CreationKey | None, refusal: ArbiterError
     ) -> Admitted | Denied:
-        """The first answer to a request that this server would refuse today: its maximum may
-        have been lowered since. Raises `InvalidField` if there is none."""
+        """The first answer to a request that would be refused today: the maximum of the server
+        or of the key may have been lowered since. Raises `refusal` if there is none."""
         known = None if key is None else await self._store.find_creation(agent_id, key)
         if known is None:
-            raise InvalidField(
-                "body",
-                "time_limit_secs",
-                f"This server allows at most {self._max_time_limit_secs} seconds.",
-            )
+            raise refusal
         return known
 
     def record_call(
@@ -200,8 +208,9 @@ class SessionService:
         return await self._store.count_active()
 
 
-def _digest(grant: Grant, time_limit_secs: int | None) -> str:
+def _digest(grant: Grant, sent: AbstractSet[str]) -> str:
     """What a retry of a creation must repeat. A time limit that was left out stays so, whatever
     this server would fill in."""
+    time_limit_secs = grant.time_limit_secs if "time_limit_secs" in sent else None
     request = f"{time_limit_secs} {to_text(replace(grant, time_limit_secs=0))}"
     return sha256(request.encode()).hexdigest()

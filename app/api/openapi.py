@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from app.api.problem_types import (
     BUDGET_EXCEEDED,
+    GRANT_EXCEEDS_KEY,
     IDEMPOTENCY_CONFLICT,
     RATE_LIMITED,
     TOOL_NOT_AUTHORIZED,
@@ -208,6 +209,16 @@ _DENIAL_EXAMPLES: dict[ProblemType, dict[str, Any]] = {
         "limit": 60,
         "used": 60,
         "requested": 1,
+    },
+    GRANT_EXCEEDS_KEY: {
+        "retryable": False,
+        "errors": [
+            {
+                "in": "body",
+                "field": "call_budget",
+                "detail": "This key may grant at most 1000 calls.",
+            }
+        ],
     },
     VALIDATION_FAILED: {
         "errors": [

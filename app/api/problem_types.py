@@ -6,6 +6,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from app.domain.advice import DenialCode, NextAction
+from app.domain.ceilings import Exceeded
 from app.http.problems import SERVICE_PROBLEMS, ProblemType, Refused
 
 SESSION_NOT_FOUND = ProblemType(
@@ -102,6 +103,17 @@ IDEMPOTENCY_CONFLICT = ProblemType(
     "key.",
     "The call could not be checked; stop here.",
 )
+GRANT_EXCEEDS_KEY = ProblemType(
+    "grant_exceeds_key",
+    403,
+    "Grant exceeds key",
+    "The session would allow more than this API key may grant; see errors.",
+    "errors lists every limit that the request exceeds. Ask for less, or ask the operator, who "
+    "sets the limits of a key in ARBITER_API_KEYS_FILE. A field that is left out is lowered to "
+    "the limit.",
+    "This task asks for more than may be granted; ask the operator.",
+    next_action=NextAction.ASK_OPERATOR.value,
+)
 
 AGENT_MESSAGES = {
     NextAction.WAIT: "This task is calling tools too fast; wait a moment and try again.",
@@ -130,7 +142,9 @@ DENIALS = {
 }
 """The problem type of each denial."""
 
-PROBLEM_TYPES = {kind.code: kind for kind in (*DENIALS.values(), *SERVICE_PROBLEMS)}
+PROBLEM_TYPES = {
+    kind.code: kind for kind in (*DENIALS.values(), GRANT_EXCEEDS_KEY, *SERVICE_PROBLEMS)
+}
 """Every problem of this API by its code."""
 
 ProblemCode = StrEnum(  # type: ignore[misc]  # mypy wants the members written out again
@@ -142,3 +156,29 @@ ProblemCode.__doc__ = "Every code that a problem can have."
 def session_not_found() -> Refused:
     """Return the refusal of a request for a session that does not exist."""
     return Refused(SESSION_NOT_FOUND, members={"violations": []})
+
+
+MAX_ENTRY_ERRORS = 20
+"""Most entries of an allow-list that one response names."""
+
+_MOST = {
+    "call_budget": "This key may grant at most {} calls.",
+    "time_limit_secs": "This key may grant at most {} seconds.",
+    "data_sensitivity_ceiling": "This key may grant at most the tier {}.",
+}
+
+
+def grant_exceeds_key(limits: tuple[Exceeded, ...]) -> Refused:
+    """Return the refusal of a creation that exceeds these limits of the caller's key."""
+    errors = []
+    for field, maximum, entries in limits:
+        if field in _MOST:
+            errors.append(_field_error(field, _MOST[field].format(maximum)))
+        for entry in entries[:MAX_ENTRY_ERRORS]:
+            detail = "No tool or pattern that this key may grant covers this entry."
+            errors.append(_field_error(f"{field}/{entry}", detail))
+    return Refused(GRANT_EXCEEDS_KEY, members={"errors": errors})
+
+
+def _field_error(field: str, detail: str) -> dict[str, str]:
+    return {"in": "body", "field": field, "detail": detail}

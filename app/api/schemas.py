@@ -164,11 +164,6 @@ class CreateSession(_Request):
             data_sensitivity_ceiling=self.data_sensitivity_ceiling,
         )
 
-    @property
-    def requested_time_limit_secs(self) -> int | None:
-        """The time limit, or `None` if the request has none."""
-        return self.time_limit_secs if "time_limit_secs" in self.model_fields_set else None
-
 
 class _Admission(_Request):
     agent_id: Annotated[UuidText | None, NotNull] = Field(

@@ -23,13 +23,16 @@ from app.api.openapi import (
     problem_responses,
 )
 from app.api.problem_types import (
+    GRANT_EXCEEDS_KEY,
     SESSION_CLOSED,
     SESSION_NOT_FOUND,
     TOO_MANY_SESSIONS,
+    grant_exceeds_key,
     session_not_found,
 )
 from app.api.schemas import CreateSession, Session, SessionPage, UuidText
 from app.domain.admission import Denied
+from app.domain.ceilings import GrantExceedsKey
 from app.domain.session import SessionStatus
 from app.http.auth import Scope
 from app.http.problems import SESSION_LIMIT_REACHED
@@ -40,7 +43,9 @@ from app.store.contract import SessionFilter
 
 router = APIRouter(route_class=StrictRoute)
 
-_CREATION = problem_responses(*WITH_BODY, TOO_MANY_SESSIONS, *ALWAYS, SESSION_LIMIT_REACHED)
+_CREATION = problem_responses(
+    *WITH_BODY, GRANT_EXCEEDS_KEY, TOO_MANY_SESSIONS, *ALWAYS, SESSION_LIMIT_REACHED
+)
 
 
 @router.post(
@@ -62,12 +67,16 @@ async def create_session(
     idempotency: Idempotency,
 ) -> RawResponse:
     """Issue a session for one agent and one task. Its terms cannot be changed later."""
-    decision = await service.create_session(
-        body.to_grant(),
-        actor,
-        time_limit_secs=body.requested_time_limit_secs,
-        idempotency=idempotency,
-    )
+    try:
+        decision = await service.create_session(
+            body.to_grant(),
+            actor,
+            sent=body.model_fields_set,
+            ceilings=request.caller.ceilings,
+            idempotency=idempotency,
+        )
+    except GrantExceedsKey as error:
+        raise grant_exceeds_key(error.limits) from None
     if isinstance(decision, Denied):
         return denied_response(decision, request)
     return created_response(decision)

@@ -2,6 +2,7 @@
 
     ArbiterError
     ├── InvalidField        this server does not accept the value of a field
+    ├── GrantExceedsKey     the caller's key may not grant this (`app.domain.ceilings`)
     ├── Unusable            the configuration cannot be used; raised only at start
     │   ├── StoreUnusable
     │   └── AuditUnusable
