@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(_: argparse.Namespace) -> int:
     settings = load_settings()
     settings.check_bind()
+    # Workers read them again, but only their parent can end the service.
+    settings.load_keys()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listening = socket.create_server(
@@ -136,7 +138,9 @@ def _back_up(chosen: argparse.Namespace) -> int:
 
 
 def _config(_: argparse.Namespace) -> int:
-    for name, value in load_settings().printable().items():
+    settings = load_settings()
+    settings.load_keys()
+    for name, value in settings.printable().items():
         print(f"{name}={value}")
     return 0
 

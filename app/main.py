@@ -23,6 +23,7 @@ from app.domain.errors import Unusable
 from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher
+from app.key_file import KeyFile
 from app.observability.audit import AuditLog, reopen_on_sighup
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
@@ -56,8 +57,11 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
     audit = AuditLog(settings.audit_log, metrics) if settings.audit_log else None
     events = Events(metrics, log_admissions=settings.log_level == "debug", audit=audit)
+    key_file = None
+    if settings.api_keys_file is not None:
+        key_file = KeyFile(settings.api_keys_file, settings.api_keys)
     authenticator = Authenticator(
-        settings.api_keys, allow_unauthenticated=settings.allow_unauthenticated
+        settings.load_keys(), allow_unauthenticated=settings.allow_unauthenticated
     )
     sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
     service = SessionService(store, events, settings.max_time_limit_secs)
@@ -93,12 +97,10 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.handle_sigterm())
-            for work in (
-                sweeper.run(),
-                shared_metrics.run(),
-                gate.run(),
-                watch_loop_lag(metrics),
-            ):
+            works = [sweeper.run(), shared_metrics.run(), gate.run(), watch_loop_lag(metrics)]
+            if key_file is not None:
+                works.append(key_file.run(authenticator))
+            for work in works:
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 

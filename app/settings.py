@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.http.auth import ApiKey, KeyRing, is_loopback
+from app.key_file import BadKeyFile, read_keys
 from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of
@@ -46,6 +47,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     store_url: Annotated[str, Field(repr=False)] = "memory://"
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
+    api_keys_file: Path | None = None
     allow_unauthenticated: bool = False
     cleanup_interval_secs: Annotated[float, Field(ge=0.1, le=86_400)] = 60
     retention_secs: Annotated[int, Field(ge=0, le=TEN_YEARS_SECS)] = 300
@@ -75,6 +77,13 @@ class Settings(BaseSettings):
             return value
         parts = value.split(",") if value.strip() else []
         return KeyRing(map(ApiKey.parse, parts)).keys
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("give the absolute path of a file")
+        return value
 
     @field_validator("audit_log")
     @classmethod
@@ -107,9 +116,20 @@ class Settings(BaseSettings):
         reason = ONE_PROCESS.get(scheme)
         return reason and f"with the {scheme} store: {reason}"
 
+    def load_keys(self) -> tuple[ApiKey, ...]:
+        """Return the keys of `ARBITER_API_KEYS` and of the file. Raises `BadSettings` if the
+        file cannot be used, or if there is one and no keys at all."""
+        if self.api_keys_file is None:
+            return self.api_keys
+        try:
+            return read_keys(self.api_keys_file, self.api_keys)
+        except BadKeyFile as error:
+            raise BadSettings(f"{PREFIX}API_KEYS_FILE: {error}") from None
+
     def check_bind(self) -> None:
         """Raise `BadSettings` if other machines could use the service without a key."""
-        if self.api_keys or self.allow_unauthenticated or is_loopback(self.host):
+        has_keys = self.api_keys or self.api_keys_file is not None
+        if has_keys or self.allow_unauthenticated or is_loopback(self.host):
             return
         raise BadSettings(
             f"refusing to listen on {self.host} without authentication: set ARBITER_API_KEYS "

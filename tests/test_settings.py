@@ -60,6 +60,8 @@ def test_the_defaults_are_as_documented() -> None:
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:proxy:{DIGEST}"}, "there twice"),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{OTHER_DIGEST}"}, "same scope"),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},"}, "ARBITER_API_KEYS: "),
+        ({"ARBITER_API_KEYS_FILE": ""}, "ARBITER_API_KEYS_FILE: give the absolute path"),
+        ({"ARBITER_API_KEYS_FILE": "keys"}, "ARBITER_API_KEYS_FILE: give the absolute path"),
         ({"ARBITER_WORKERS": "2"}, "ARBITER_WORKERS must be 1 with the memory store"),
         ({"ARBITER_HOST": "0.0.0.0"}, "refusing to listen on 0.0.0.0"),
         ({"ARBITER_HOST": "::"}, "refusing to listen on ::"),
@@ -148,6 +150,19 @@ def test_settings_can_come_from_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     (tmp_path / ".env").write_text("ARBITER_PROT=9000\n")
     assert "ARBITER_PROT" in refused(monkeypatch)
+
+
+def test_the_keys_of_both_variables_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text(f"gate:proxy:{DIGEST}\n")
+    monkeypatch.setenv("ARBITER_HOST", "0.0.0.0")
+    monkeypatch.setenv("ARBITER_API_KEYS_FILE", f"{tmp_path}/keys")
+    load_settings().check_bind()
+
+    monkeypatch.setenv("ARBITER_API_KEYS", f"gate:proxy:{OTHER_DIGEST}")
+
+    assert {key.digest for key in load_settings().load_keys()} == {DIGEST, OTHER_DIGEST}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +262,45 @@ class TestCommands:
 
         assert "ARBITER_PORT=8000\n" in printed
         assert "ARBITER_API_KEYS=gate:proxy:***\n" in printed
+
+    @pytest.mark.parametrize("command", ["serve", "config"])
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            (f"gate:boss:{DIGEST}", ", line 1: an API key's scope must be one of"),
+            ("# none", " has no API keys"),
+            (None, ": No such file or directory"),
+        ],
+    )
+    def test_a_faulty_key_file_is_an_error_at_start(
+        self, tmp_path: Path, command: str, text: str | None, says: str
+    ) -> None:
+        file = tmp_path / "keys"
+        if text is not None:
+            file.write_text(text)
+
+        ended = run(
+            command,
+            ARBITER_API_KEYS_FILE=str(file),
+            ARBITER_PORT="0",
+            ARBITER_STORE_URL="redis://127.0.0.1:1",
+            ARBITER_WORKERS="2",
+        )
+
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("arbiter: ARBITER_API_KEYS_FILE: ")
+        assert says in ended.stderr
+        assert ended.stderr.count("\n") == 1
+        assert DIGEST not in ended.stderr
+
+    def test_config_prints_the_path_of_the_key_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"gate:proxy:{DIGEST} max_tier=public\n")
+
+        printed = run("config", ARBITER_API_KEYS_FILE=str(file)).stdout
+
+        assert f"ARBITER_API_KEYS_FILE={file}\n" in printed
+        assert DIGEST not in printed
 
     def test_a_new_key_can_be_configured(self) -> None:
         made = run("keys", "new", "--name", "gate", "--scope", "proxy").stdout.splitlines()

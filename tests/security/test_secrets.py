@@ -78,6 +78,19 @@ def test_misconfigured_keys_are_not_echoed(keys: str) -> None:
     assert not [secret for secret in SECRETS if secret in said]
 
 
+@pytest.mark.parametrize(
+    "line", [f"gate:proxy:{SECRET}", TOKEN, f"{KEY} {SECRET}", f"{KEY}\n{KEY}"]
+)
+def test_a_misconfigured_key_file_is_not_echoed(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(line)
+
+    said = run(ARBITER_API_KEYS_FILE=str(file))
+
+    assert "ARBITER_API_KEYS_FILE: " in said
+    assert not [secret for secret in SECRETS if secret in said]
+
+
 def test_config_prints_no_secret() -> None:
     url = f"redis://user:{PASSWORD}@127.0.0.1:1/0"
     said = run("config", ARBITER_API_KEYS=str(KEY), ARBITER_STORE_URL=url)
