@@ -16,7 +16,6 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from app import __version__
 from app.domain.errors import StoreUnusable
@@ -24,6 +23,7 @@ from app.http.auth import Scope, new_key
 from app.main import create_app
 from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
+from app.server.supervisor import Supervisor
 from app.settings import BadSettings, Settings, load_settings
 from app.store import UnknownStore, back_up
 
@@ -105,7 +105,7 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
     with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
         os.environ["ARBITER_PORT"] = str(settings.port)
         os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
-        supervisor = Multiprocess(server_config("app.main:app", settings), sockets=[listening])
+        supervisor = Supervisor(server_config("app.main:app", settings), sockets=[listening])
         supervisor.run()
     return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
 

@@ -11,8 +11,9 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,15 +25,16 @@ from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher
 from app.key_file import KeyFile
-from app.observability.audit import AuditLog, reopen_on_sighup
+from app.observability.audit import AuditLog
 from app.observability.events import Events
-from app.observability.logs import configure_logs, get_logger
+from app.observability.logs import configure_logs, get_logger, set_log_level
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
 from app.observability.tracing import add_trace_ids, open_tracing, tracing_enabled
 from app.observability.workers import SharedMetrics
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
+from app.server.sighup import handle_sighup
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
@@ -73,11 +75,17 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
         keep_alive_secs=settings.keep_alive_secs,
     )
 
+    reloads: list[Callable[[], None]] = [partial(_reload_log_level, events)]
+    if audit is not None:
+        reloads.append(audit.reopen)
+    if key_file is not None:
+        reloads.append(partial(key_file.reload, authenticator))
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         log = get_logger()
         async with AsyncExitStack() as stack:
-            stack.enter_context(reopen_on_sighup(audit))
+            stack.enter_context(handle_sighup(*reloads))
             with _explaining_failure():
                 await store.open()
                 stack.push_async_callback(store.aclose)
@@ -118,6 +126,18 @@ def _explaining_failure() -> Iterator[None]:
         # uvicorn would add a traceback to that sentence.
         logging.getLogger("uvicorn.error").disabled = True
         raise
+
+
+def _reload_log_level(events: Events) -> None:
+    """Read the settings again. Nothing else of them can change while the service runs."""
+    try:
+        level = load_settings().log_level
+    except BadSettings as error:
+        get_logger().error("log level not reloaded", reason=str(error))
+        return
+    set_log_level(level)
+    events.log_admissions = level == "debug"
+    get_logger().info("log level reloaded", level=level)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -61,13 +61,14 @@ def received_on(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def running(*command: str, **variables: str) -> Iterator[Service]:
-    """Run the service: start it, wait until it is ready, and kill it at the end."""
+def running(*command: str, folder: Path = ROOT, **variables: str) -> Iterator[Service]:
+    """Run the service in `folder`: start it, wait until it is ready, and kill it at the end."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ARBITER_")}
-    environment |= {"ARBITER_PORT": "0", "ARBITER_LOG_FORMAT": "json"} | variables
+    environment |= {"ARBITER_PORT": "0", "ARBITER_LOG_FORMAT": "json"}
+    environment |= {"PYTHONPATH": str(ROOT)} | variables
     process = subprocess.Popen(
         [sys.executable, *(command or ("-m", "app"))],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
-from types import FrameType
 from typing import NamedTuple
 
 import msgspec
@@ -163,8 +160,7 @@ class AuditLog:
         self._thread.start()
 
     def reopen(self) -> None:
-        """Have the thread reopen the file, after a rotation. This only sets a flag, because a
-        signal handler must not take a lock."""
+        """Have the thread reopen the file, after a rotation."""
         self._reopen = True
 
     async def aclose(self) -> None:
@@ -307,26 +303,6 @@ class AuditLog:
             self._told_lost += lost
             lines.append(_line(Entry(self._now(), "lost", "", NOBODY, number=lost)))
         return _ENCODER.encode_lines(lines)
-
-
-@contextmanager
-def reopen_on_sighup(audit: AuditLog | None) -> Iterator[None]:
-    """Reopen the log at SIGHUP. Without a log the signal does nothing, because its default
-    action would end the process."""
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread can set signal handlers; a test may run the lifespan in another.
-        yield
-        return
-
-    def on_signal(_: int, __: FrameType | None) -> None:
-        if audit is not None:
-            audit.reopen()
-
-    before = signal.signal(signal.SIGHUP, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=encode_hook)

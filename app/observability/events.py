@@ -30,7 +30,7 @@ class Events:
     ) -> None:
         self._metrics = metrics
         self._audit = audit
-        self._log_admissions = log_admissions
+        self.log_admissions = log_admissions
         self._log = get_logger()
         self._limit = LogLimit(LINES_PER_SEC)
 
@@ -115,7 +115,7 @@ class Events:
             return
         outcome = "replayed" if decision.replayed else "admitted"
         self._metrics.decisions[operation, outcome] += 1
-        if self._log_admissions:
+        if self.log_admissions:
             self._log.debug(
                 f"calls {outcome}",
                 session_id=short(session_id),

@@ -100,22 +100,27 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
             foreign_pre_chain=shared,
         )
     )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level.upper())
-    # At info they repeat our own lines; at debug they print request data.
-    for name in ("uvicorn", "uvicorn.error", "asyncio"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger().handlers = [handler]
     # Access lines would hold whole session ids.
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
     # Our own lines skip the standard library's logging, which takes longer than a whole denial.
     structlog.configure(
         processors=[*shared, *rendered],
-        wrapper_class=structlog.make_filtering_bound_logger(root.level),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _StandardError())),
         cache_logger_on_first_use=False,
     )
+    set_log_level(level)
+
+
+def set_log_level(level: LogLevel) -> None:
+    """Log from now on what has this level or a higher one."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    # At info they repeat our own lines; at debug they print request data.
+    for name in ("uvicorn", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(root.level))
 
 
 def get_logger() -> Any:
