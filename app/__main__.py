@@ -156,7 +156,8 @@ def _new_key(chosen: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"arbiter: {error}", file=sys.stderr)
         return 2
-    print(f"# Add to ARBITER_API_KEYS, after a comma if there are others:\n{key}")
+    print("# A line for ARBITER_API_KEYS_FILE; in ARBITER_API_KEYS a comma separates keys:")
+    print(key)
     print(f"# Shown only now; the caller sends it with every request:\nBearer {token}")
     return 0
 

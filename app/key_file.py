@@ -105,7 +105,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
 }
 _USAGE = [f"{name}=…" for name in _PARSERS]
 
-_Stamp = tuple[int, int, int, int] | None
+_Stamp = tuple[int, ...] | None
 
 
 def _stamp(path: Path) -> _Stamp:
@@ -114,7 +114,8 @@ def _stamp(path: Path) -> _Stamp:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
+    # The last one changes with the permissions too, which may have been what was wrong.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class KeyFile:

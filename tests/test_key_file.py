@@ -238,7 +238,7 @@ def test_an_unchanged_file_is_not_read_again(
 FAULTY = [f"{NEW}\ngate:proxy\n", "\xff", f"{NEW}\n{NEW}\n"]
 
 
-@pytest.mark.parametrize("text", FAULTY)
+@pytest.mark.parametrize("text", FAULTY, ids=["half a line", "no key", "twice"])
 def test_a_faulty_file_changes_nothing_and_is_logged_once(
     watched: Watched, text: str, errors: list[str]
 ) -> None:
@@ -267,6 +267,26 @@ def test_a_file_that_is_gone_changes_nothing_until_it_is_back(
 
     watched.replace(f"{NEW}\n")
     watched.poll()
+    assert watched.accepts(NEW_TOKEN)
+
+
+def test_a_file_whose_permissions_are_mended_is_read_again(
+    watched: Watched, errors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.replace(f"{NEW}\n")
+
+    def denied(*_: object) -> None:
+        raise BadKeyFile("cannot read it: Permission denied")
+
+    with monkeypatch.context() as patched:
+        # A test that runs as root can read anything.
+        patched.setattr("app.key_file.read_keys", denied)
+        watched.poll(5)
+    assert len(errors) == 1
+
+    watched.path.chmod(0o400)
+    watched.poll()
+
     assert watched.accepts(NEW_TOKEN)
 
 

@@ -53,8 +53,15 @@ TOKENS = {"PROXY_TOKEN": PROXY_TOKEN, "OPERATOR_TOKEN": OPERATOR_TOKEN}
 """Shell variables of a page whose service has keys."""
 
 WITH_KEYS = {"ARBITER_API_KEYS": f"{PROXY_KEY},{OPERATOR_KEY}"}
+KEY_FOLDER = "/etc/arbiter"
+"""Where the key file is on the pages."""
+
+WITH_KEY_FILE = {
+    "ARBITER_API_KEYS": str(OPERATOR_KEY),
+    "ARBITER_API_KEYS_FILE": "{folder}/keys",
+}
 SETTINGS = {
-    "docs/operations.md": WITH_KEYS,
+    "docs/operations.md": WITH_KEY_FILE,
     "docs/security.md": WITH_KEYS,
     "docs/stores.md": {"ARBITER_STORE_URL": "sqlite://{folder}/sessions.db"},
 }
@@ -109,20 +116,22 @@ def test_the_commands_of_a_page_print_what_it_shows(
 ) -> None:
     given = SETTINGS.get(page, {})
     settings = {name: value.format(folder=tmp_path) for name, value in given.items()}
+    (tmp_path / "keys").write_text(f"# {page}\n{PROXY_KEY}\n")
     service = start_service(**settings)
-    for _ in range(2 if given is WITH_KEYS else 0):
+    for _ in range(2 if "ARBITER_API_KEYS" in given else 0):
         headers = {"authorization": f"Bearer {PROXY_TOKEN}"}
         httpx.post(f"{service.url}/sessions", json=session_request(), headers=headers)
     shown = "".join(blocks(page, "console"))
     commands = TYPED.findall(shown)
     script = "\n".join(f"echo '$' {number}\n{each}" for number, each in enumerate(commands))
+    script = script.replace("localhost:8000", service.url.removeprefix("http://"))
 
     typed = subprocess.run(
-        ["bash", "-c", script.replace("localhost:8000", service.url.removeprefix("http://"))],
+        ["bash", "-c", script.replace(KEY_FOLDER, str(tmp_path))],
         capture_output=True,
         check=False,
         cwd=tmp_path,
-        env=shell_for(settings, tmp_path),
+        env=shell_for(settings, tmp_path) | {"SERVICE_PID": str(service.process.pid)},
         text=True,
         timeout=60,
     )
@@ -131,6 +140,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
     expected = TYPED.sub(lambda _: f"$ {next(numbers)}", shown)
     # curl prints no line break after a body; a page shows the next prompt on its own line.
     printed = re.sub(r"(?<=})\$ ", "\n$ ", typed.stdout).rstrip("\n")
+    printed = printed.replace(str(tmp_path), KEY_FOLDER)
     assert settled(printed) == settled(expected.rstrip("\n"))
     assert typed.stderr == ""
 

@@ -79,7 +79,9 @@ def test_misconfigured_keys_are_not_echoed(keys: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [f"gate:proxy:{SECRET}", TOKEN, f"{KEY} {SECRET}", f"{KEY}\n{KEY}"]
+    "line",
+    [f"gate:proxy:{SECRET}", TOKEN, f"{KEY} {SECRET}", f"{KEY}\n{KEY}"],
+    ids=["secret for digest", "token", "secret for a limit", "twice"],
 )
 def test_a_misconfigured_key_file_is_not_echoed(tmp_path: Path, line: str) -> None:
     file = tmp_path / "keys"
