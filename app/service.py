@@ -7,8 +7,9 @@ service could not decide.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from hashlib import sha256
 
 from msgspec.structs import replace
@@ -16,18 +17,29 @@ from msgspec.structs import replace
 from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.ceilings import Ceilings, GrantExceedsKey, exceeded, lowered
 from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
-from app.domain.lifecycle import close
-from app.domain.session import ClosedBy, DataSensitivity, Grant, Session
+from app.domain.lifecycle import (
+    Amendment,
+    Changed,
+    Transition,
+    amend,
+    close,
+    pause,
+    resume,
+)
+from app.domain.session import AgentState, ClosedBy, DataSensitivity, Grant, Session
 from app.observability.audit import Actor
 from app.observability.events import Events
 from app.store.codec import to_text
 from app.store.contract import (
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     InvalidCursor,
     Page,
     SessionFilter,
     SessionStore,
+    Totals,
 )
 
 _UNDECIDED = (ArbiterError, asyncio.CancelledError)
@@ -84,6 +96,9 @@ class SessionService:
             return GrantExceedsKey(limits)
         if grant.time_limit_secs <= self._max_time_limit_secs:
             return None
+        return self._too_long()
+
+    def _too_long(self) -> InvalidField:
         return InvalidField(
             "body",
             "time_limit_secs",
@@ -150,16 +165,60 @@ class SessionService:
         self._events.decided(session_id, admission, decision, actor, dry_run=dry_run)
         return decision
 
-    async def close_session(self, session_id: str, actor: Actor) -> Session | Denied:
+    async def close_session(self, session_id: str, actor: Actor) -> Changed | Denied:
         """Close a session for good."""
-        try:
-            by = ClosedBy(actor.caller)
-            outcome = await self._store.change(session_id, close(by))
-        except _UNDECIDED as error:
-            self._events.failed("close", error, actor, session_id=session_id)
-            raise
+        outcome = await self._change("close", session_id, close(ClosedBy(actor.caller)), actor)
         self._events.closed(session_id, outcome, actor)
         return outcome
+
+    async def amend_session(
+        self,
+        session_id: str,
+        amendment: Amendment,
+        actor: Actor,
+        *,
+        ceilings: Ceilings | None = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> Changed | Denied:
+        """Change the terms of a running session. Raises `InvalidField` for terms that a session
+        may not have, and `GrantExceedsKey` for those beyond the `ceilings` of the caller's
+        key."""
+        secs = amendment.time_limit_secs
+        if secs is not None and secs > self._max_time_limit_secs:
+            raise self._too_long()
+        key = None
+        if idempotency is not None:
+            key = ChangeKey(*idempotency, f"amend {to_text(amendment)}")
+        transition = amend(amendment, self._max_time_limit_secs, ceilings)
+        outcome = await self._change("amend", session_id, transition, actor, key)
+        self._events.changed("amend", session_id, outcome, actor)
+        return outcome
+
+    async def pause_session(self, session_id: str, actor: Actor) -> Changed | Denied:
+        """Hold a session: it admits no calls until it is resumed."""
+        outcome = await self._change("pause", session_id, pause, actor)
+        self._events.changed("pause", session_id, outcome, actor)
+        return outcome
+
+    async def resume_session(self, session_id: str, actor: Actor) -> Changed | Denied:
+        """Let a paused session admit calls again."""
+        outcome = await self._change("resume", session_id, resume, actor)
+        self._events.changed("resume", session_id, outcome, actor)
+        return outcome
+
+    async def _change(
+        self,
+        event: str,
+        session_id: str,
+        transition: Transition,
+        actor: Actor,
+        key: ChangeKey | None = None,
+    ) -> Changed | Denied:
+        try:
+            return await self._store.change(session_id, transition, key)
+        except _UNDECIDED as error:
+            self._events.failed(event, error, actor, session_id=session_id)
+            raise
 
     async def get_session(self, session_id: str) -> Session | None:
         """The session as it is now, or `None` if it does not exist."""
@@ -169,21 +228,47 @@ class SessionService:
         self, which: SessionFilter, *, limit: int, cursor: str | None
     ) -> Page:
         """A page of sessions. Raises `InvalidField` for a cursor that is not valid."""
-        try:
+        with _checking_cursor():
             return await self._store.list_all(which, limit=limit, cursor=cursor)
-        except InvalidCursor as error:
-            raise InvalidField(
-                "query",
-                "cursor",
-                "The cursor is not valid. Send the next_cursor of an earlier page, unchanged.",
-            ) from error
 
-    async def count_active_sessions(self, agent_id: str) -> int:
-        """The number of active sessions of the agent; 0 for an agent never seen."""
-        return await self._store.count_active_for_agent(agent_id)
+    async def get_agent(self, agent_id: str) -> AgentState:
+        """The agent as it is now. One never seen has no sessions and is not frozen."""
+        return await self._store.get_agent(agent_id)
+
+    async def list_frozen_agents(self, *, limit: int, cursor: str | None) -> FrozenAgents:
+        """A page of frozen agents. Raises `InvalidField` for a cursor that is not valid."""
+        with _checking_cursor():
+            return await self._store.list_frozen(limit=limit, cursor=cursor)
+
+    async def freeze_agent(self, agent_id: str, reason: str, actor: Actor) -> AgentState:
+        """Deny everything to the agent until it is unfrozen."""
+        frozen = self._store.freeze(agent_id, reason, actor.caller)
+        return await self._change_agent("freeze", agent_id, frozen, actor, reason)
+
+    async def unfreeze_agent(self, agent_id: str, actor: Actor) -> AgentState:
+        """Lift the freeze of an agent, if there is one."""
+        unfrozen = self._store.unfreeze(agent_id)
+        return await self._change_agent("unfreeze", agent_id, unfrozen, actor)
+
+    async def _change_agent(
+        self,
+        event: str,
+        agent_id: str,
+        change: Awaitable[AgentState],
+        actor: Actor,
+        reason: str = "",
+    ) -> AgentState:
+        try:
+            state = await change
+        except _UNDECIDED as error:
+            self._events.failed(event, error, actor, agent_id=agent_id)
+            raise
+        self._events.agent_changed(event, agent_id, actor, reason)
+        return state
 
     async def close_agent_sessions(self, agent_id: str, actor: Actor) -> int:
-        """The kill switch: close every active session of the agent. Return their number."""
+        """The kill switch: close every active or paused session of the agent. Return their
+        number."""
         try:
             closed = await self._store.close_sessions_for_agent(agent_id, actor.caller)
         except _UNDECIDED as error:
@@ -203,9 +288,21 @@ class SessionService:
             raise ShuttingDown
         await self._store.ping()
 
-    async def count_active(self) -> int:
-        """The number of active sessions."""
-        return await self._store.count_active()
+    async def totals(self) -> Totals:
+        """How many sessions are active and paused, and how many agents are frozen."""
+        return await self._store.totals()
+
+
+@contextmanager
+def _checking_cursor() -> Iterator[None]:
+    try:
+        yield
+    except InvalidCursor as error:
+        raise InvalidField(
+            "query",
+            "cursor",
+            "The cursor is not valid. Send the next_cursor of an earlier page, unchanged.",
+        ) from error
 
 
 def _digest(grant: Grant, sent: AbstractSet[str]) -> str:

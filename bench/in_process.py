@@ -140,7 +140,7 @@ async def measure(sessions: int) -> dict[str, float]:
     found["creation_us"] = (time.perf_counter() - started) / sessions * 1e6
     found["bytes_per_session"] = (resident_bytes() - before) / sessions
     agent = _AGENTS[7]
-    found["count_agent_us"] = await micros(lambda: store.count_active_for_agent(agent))
+    found["count_agent_us"] = await micros(lambda: store.get_agent(agent))
     found["longest_pause_ms"] = await churn(store, clock, sweeper, sessions)
     found["sweep_all_secs"], found["sweep_slice_ms"] = await sweep_all(store, clock)
     return found

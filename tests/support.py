@@ -73,8 +73,23 @@ async def opened(store: SessionStore, grant: Grant | None = None) -> Session:
     return created.session
 
 
+async def change(
+    store: SessionStore, session_id: str, transition: lifecycle.Transition
+) -> Session | Denied:
+    """Change a session without an idempotency key."""
+    changed = await store.change(session_id, transition)
+    return changed if isinstance(changed, Denied) else changed.session
+
+
 async def close(store: SessionStore, session_id: str) -> Session | Denied:
-    return await store.change(session_id, lifecycle.close(ClosedBy("ops")))
+    return await change(store, session_id, lifecycle.close(ClosedBy("ops")))
+
+
+async def count_active(store: SessionStore, agent_id: str | None = None) -> int:
+    """How many sessions of an agent, or of all, are active now."""
+    if agent_id is None:
+        return (await store.totals()).active
+    return (await store.get_agent(agent_id)).active_sessions
 
 
 async def kill(store: SessionStore, agent_id: str = AGENT) -> int:

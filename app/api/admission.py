@@ -8,6 +8,7 @@ from app.api.dependencies import DryRun, Idempotency, Minimal, RequestActor, Ser
 from app.api.encode import admitted_response, denied_response
 from app.api.openapi import ALWAYS, RATE_HEADERS, WITH_BODY, problem_responses
 from app.api.problem_types import (
+    AGENT_FROZEN,
     AGENT_MISMATCH,
     BUDGET_EXCEEDED,
     RATE_LIMITED,
@@ -15,6 +16,7 @@ from app.api.problem_types import (
     SESSION_CLOSED,
     SESSION_EXPIRED,
     SESSION_NOT_FOUND,
+    SESSION_PAUSED,
     TOOL_NOT_AUTHORIZED,
 )
 from app.api.schemas import RecordBatch, RecordCall, Session
@@ -31,6 +33,8 @@ _ADMISSION = problem_responses(
     AGENT_MISMATCH,
     SESSION_CLOSED,
     SESSION_EXPIRED,
+    AGENT_FROZEN,
+    SESSION_PAUSED,
     BUDGET_EXCEEDED,
     TOOL_NOT_AUTHORIZED,
     SENSITIVITY_EXCEEDED,

@@ -20,7 +20,8 @@ MAX_PAGE = 500
 DEFAULT_PAGE = 100
 
 
-def _flag(value: Any) -> Any:
+def flag(value: Any) -> Any:
+    """Read a boolean of the query. Raises `ValueError`."""
     if value not in ("true", "false", False):
         raise ValueError("must be true or false")
     return value == "true"
@@ -113,9 +114,10 @@ Idempotency = Annotated[IdempotencyKey | None, Depends(_idempotency)]
 Minimal = Annotated[bool, Depends(_minimal)]
 DryRun = Annotated[
     bool,
-    BeforeValidator(_flag),
+    BeforeValidator(flag),
     Query(description="Decide as for a real request, but record nothing."),
 ]
+ListCursor = Annotated[str | None, Query(description="next_cursor of the previous page.")]
 Limit = Annotated[
     int,
     Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from pydantic_core import to_json
 from app.api.problem_types import AGENT_MESSAGES, DENIALS
 from app.domain.admission import Admitted, Denied, Violation
 from app.domain.advice import DenialCode
-from app.domain.session import MICROSECONDS, Grant, Session, Terms
+from app.domain.lifecycle import Changed
+from app.domain.session import MICROSECONDS, AgentState, Grant, Session, Terms
 from app.domain.tools import AllowList
 from app.http.auth import Caller, Scope
 from app.http.problems import problem_response
@@ -112,7 +114,8 @@ def encode_session(session: Session) -> bytes:
     """Encode a session as JSON. The fields that change during its life come last."""
     remaining = session.calls_remaining
     terms, usage = session.terms, session.usage
-    if terms.closed_at is None and session.as_of < terms.expires_at:
+    runs = terms.closed_at is None and session.as_of < terms.expires_at
+    if runs and terms.paused_at is None:
         state = _ACTIVE if remaining > 0 else _SPENT
     else:
         state = b'"%b","is_active":false}' % session.status.encode()
@@ -195,6 +198,9 @@ def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
             headers += rate_headers(session)
         elif denied.code is DenialCode.SESSION_CLOSED:
             detail = _closing(session.terms, request.caller, members)
+        elif denied.code is DenialCode.REVISION_CONFLICT:
+            members["revision"] = session.terms.rev
+            detail = f"The session has revision {session.terms.rev} now."
         elif denied.code is DenialCode.SESSION_EXPIRED:
             members["expires_at"] = expires_at = instant(session.terms.expires_at).decode()
             detail = f"The session's time limit passed at {expires_at}."
@@ -257,6 +263,43 @@ def created_response(admitted: Admitted) -> RawResponse:
     if admitted.replayed:
         headers.append(REPLAYED)
     return json_response(201, encode_session(admitted.session), headers)
+
+
+def _agent(agent_id: str, state: AgentState) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "agent_id": agent_id,
+        "active_sessions": state.active_sessions,
+        "paused_sessions": state.paused_sessions,
+        "frozen": state.freeze is not None,
+    }
+    if state.freeze is not None:
+        body["frozen_at"] = instant(state.freeze.frozen_at).decode()
+        if state.freeze.by:
+            body["frozen_by"] = state.freeze.by
+        if state.freeze.reason:
+            body["reason"] = state.freeze.reason
+    return body
+
+
+def agent_response(agent_id: str, state: AgentState) -> RawResponse:
+    """Return the response with an agent."""
+    return json_response(200, to_json(_agent(agent_id, state)), [])
+
+
+def agents_response(
+    states: Iterable[tuple[str, AgentState]], next_cursor: str | None
+) -> RawResponse:
+    """Return the response with a page of agents."""
+    body: dict[str, Any] = {"items": [_agent(*each) for each in states]}
+    if next_cursor is not None:
+        body["next_cursor"] = next_cursor
+    return json_response(200, to_json(body), [])
+
+
+def changed_response(changed: Changed) -> RawResponse:
+    """Return the response to a change: the session after it."""
+    headers = [REPLAYED] if changed.replayed else []
+    return json_response(200, encode_session(changed.session), headers)
 
 
 def page_response(page: Page) -> RawResponse:

@@ -123,6 +123,7 @@ class Problem(BaseModel):
         default=ClosedBy.CLOSE,
         description="How it was closed: alone, or with all sessions of its agent.",
     )
+    revision: Count = Field(default=0, description="The revision that the session has now.")
     closed_by_key: str = Field(
         default="", description="The name of the key that closed it. For operators only."
     )
@@ -139,6 +140,9 @@ ALWAYS = (
 """Problems of every route that needs a key."""
 
 WITH_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, IDEMPOTENCY_CONFLICT)
+"""Further problems of routes that take a body and an idempotency key."""
+
+CHANGE_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE)
 """Further problems of routes that take a body."""
 
 
@@ -246,6 +250,10 @@ CREATED_HEADERS = {
     "Idempotency-Replayed": _header("true if this repeats an earlier response."),
     "X-Request-Id": _header("The id of this request."),
 }
+CHANGED_HEADERS = {
+    "Idempotency-Replayed": _header("true if this repeats an earlier change."),
+    "X-Request-Id": _header("The id of this request."),
+}
 SESSION_LINKS = {
     operation_id: {
         "operationId": operation_id,
@@ -281,6 +289,11 @@ def build_document(app: FastAPI) -> dict[str, Any]:
             "description": "Made by `arbiter keys new`.",
         }
     }
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            # FastAPI would spell out the model that stands for no body.
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                content["schema"].pop("default", None)
     _tidy(document)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     return document
@@ -303,6 +316,8 @@ def _tidy(node: Any) -> None:
             (only,) = (kind for kind in node.pop("anyOf") if kind != {"type": "null"})
             node |= only
             node.pop("default", None)
+        if node.pop("nullable", False):
+            node["type"] = [node["type"], "null"]
         for key, value in node.items():
             if key in ("minimum", "maximum"):
                 node[key] = int(value)

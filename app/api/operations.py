@@ -87,10 +87,10 @@ async def metrics(request: StrictRequest) -> RawResponse:
     """Return metrics in the text format of Prometheus, even while the store is unavailable."""
     services = request.services
     try:
-        active = await services.service.count_active()
+        totals = await services.service.totals()
     except StoreUnavailable:
-        active = None
-    return _text(services.metrics.render(active), CONTENT_TYPE_LATEST)
+        totals = None
+    return _text(services.metrics.render(totals), CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False, response_model=None, openapi_extra=PUBLIC)

@@ -47,6 +47,35 @@ SESSION_EXPIRED = ProblemType(
     "longer time_limit_secs if this happens often.",
     "The time for this task is up; a new session is needed to continue.",
 )
+AGENT_FROZEN = ProblemType(
+    "agent_frozen",
+    403,
+    "Agent frozen",
+    "The agent is frozen: everything that it does is denied until it is unfrozen.",
+    "An operator has stopped this agent. GET /agents/AGENT says since when and why, and DELETE "
+    "/agents/AGENT/freeze lifts it. Its sessions are not closed.",
+    "Everything that this agent does has been stopped for now; ask a person.",
+    next_action=NextAction.ASK_OPERATOR.value,
+)
+SESSION_PAUSED = ProblemType(
+    "session_paused",
+    409,
+    "Session paused",
+    "The session is paused: it admits no calls until it is resumed. Its time goes on.",
+    "An operator holds this session. POST /sessions/SESSION/resume lets it go on.",
+    "This task has been paused; wait until a person lets it go on.",
+    next_action=NextAction.ASK_OPERATOR.value,
+)
+REVISION_CONFLICT = ProblemType(
+    "revision_conflict",
+    409,
+    "Revision conflict",
+    "The session's terms have changed since the expected revision.",
+    "Read the session, decide again, and send its revision as expected_revision, or leave that "
+    "out.",
+    "The terms of this task have just changed.",
+    next_action=NextAction.FIX_REQUEST.value,
+)
 BUDGET_EXCEEDED = ProblemType(
     "budget_exceeded",
     429,
@@ -133,12 +162,15 @@ DENIALS = {
     DenialCode.AGENT_MISMATCH: AGENT_MISMATCH,
     DenialCode.SESSION_CLOSED: SESSION_CLOSED,
     DenialCode.SESSION_EXPIRED: SESSION_EXPIRED,
+    DenialCode.AGENT_FROZEN: AGENT_FROZEN,
+    DenialCode.SESSION_PAUSED: SESSION_PAUSED,
     DenialCode.BUDGET_EXCEEDED: BUDGET_EXCEEDED,
     DenialCode.TOOL_NOT_AUTHORIZED: TOOL_NOT_AUTHORIZED,
     DenialCode.SENSITIVITY_EXCEEDED: SENSITIVITY_EXCEEDED,
     DenialCode.RATE_LIMITED: RATE_LIMITED,
     DenialCode.TOO_MANY_SESSIONS: TOO_MANY_SESSIONS,
     DenialCode.IDEMPOTENCY_CONFLICT: IDEMPOTENCY_CONFLICT,
+    DenialCode.REVISION_CONFLICT: REVISION_CONFLICT,
 }
 """The problem type of each denial."""
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
+from msgspec import UNSET
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,8 +18,10 @@ from pydantic import (
     Field,
     StringConstraints,
     WithJsonSchema,
+    model_validator,
 )
 
+from app.domain.lifecycle import Amendment
 from app.domain.session import (
     DEFAULT_CALL_BUDGET,
     DEFAULT_RATE_LIMIT_WINDOW_SECS,
@@ -198,6 +201,98 @@ class RecordBatch(_Admission):
     )
 
 
+class UpdateSession(_Request):
+    """New terms for a running session. What is left out stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"add_calls": 50}]})
+
+    call_budget: Annotated[Count | None, NotNull] = Field(
+        default=None,
+        description="Calls over the whole life. Below calls_made, none are left.",
+    )
+    add_calls: Annotated[Count | None, NotNull] = Field(
+        default=None, description="Calls to add to the budget."
+    )
+    time_limit_secs: Annotated[Count | None, NotNull] = Field(
+        default=None,
+        description="Lifetime in seconds, from created_at. One that has passed already expires "
+        "the session now.",
+    )
+    add_secs: Annotated[Count | None, NotNull] = Field(
+        default=None, description="Seconds to add to the time limit."
+    )
+    authorized_tools: Annotated[list[ToolEntry] | None, NotNull] = Field(
+        default=None, max_length=MAX_ENTRIES, description="The new allow-list."
+    )
+    add_tools: Annotated[list[ToolEntry] | None, NotNull] = Field(
+        default=None, max_length=MAX_ENTRIES, description="Entries to add to the allow-list."
+    )
+    remove_tools: Annotated[list[ToolEntry] | None, NotNull] = Field(
+        default=None,
+        max_length=MAX_ENTRIES,
+        description="Entries to remove from the allow-list. Each must be an entry of it: a "
+        "tool that a pattern covers can only be removed with the pattern.",
+    )
+    rate_limit_per_minute: Count | None = Field(
+        default=None,
+        description="Calls per window of rate_limit_window_secs. null removes the limit.",
+        json_schema_extra={"nullable": True},
+    )
+    rate_limit_window_secs: Annotated[
+        Annotated[
+            int,
+            Field(ge=1, le=MAX_RATE_LIMIT_WINDOW_SECS, json_schema_extra={"format": "int32"}),
+        ]
+        | None,
+        NotNull,
+    ] = Field(default=None, description="Length of a rate window in seconds.")
+    data_sensitivity_ceiling: Annotated[Tier | None, NotNull] = Field(
+        default=None, description="The highest tier that a call may touch."
+    )
+    expected_revision: Annotated[Count | None, NotNull] = Field(
+        default=None,
+        description="Refuse the change with revision_conflict if the session has another "
+        "revision.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> Self:
+        for absolute, relative in _EITHER_OR:
+            if absolute in self.model_fields_set and relative in self.model_fields_set:
+                raise ValueError(f"{absolute} and {relative} cannot be sent together")
+        return self
+
+    def to_amendment(self) -> Amendment:
+        """Return the requested changes."""
+        tools = self.authorized_tools
+        return Amendment(
+            call_budget=self.call_budget,
+            add_calls=self.add_calls,
+            time_limit_secs=self.time_limit_secs,
+            add_secs=self.add_secs,
+            authorized_tools=None if tools is None else tuple(tools),
+            add_tools=tuple(self.add_tools or ()),
+            remove_tools=tuple(self.remove_tools or ()),
+            rate_limit_per_minute=(
+                self.rate_limit_per_minute
+                if "rate_limit_per_minute" in self.model_fields_set
+                else UNSET
+            ),
+            rate_limit_window_secs=self.rate_limit_window_secs,
+            data_sensitivity_ceiling=self.data_sensitivity_ceiling,
+            expected_revision=self.expected_revision,
+        )
+
+
+_EITHER_OR = (
+    ("call_budget", "add_calls"),
+    ("time_limit_secs", "add_secs"),
+    ("authorized_tools", "add_tools"),
+    ("authorized_tools", "remove_tools"),
+)
+"""Fields and their relative forms."""
+
+
 class Session(BaseModel):
     """A session as it is now."""
 
@@ -264,14 +359,56 @@ class SessionPage(BaseModel):
 
 
 class Agent(BaseModel):
-    """An agent and the number of its active sessions."""
+    """An agent as it is now."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"agent_id": AGENT_ID_EXAMPLE, "active_sessions": 2}]},
+        json_schema_extra={
+            "examples": [
+                {
+                    "agent_id": AGENT_ID_EXAMPLE,
+                    "active_sessions": 2,
+                    "paused_sessions": 0,
+                    "frozen": False,
+                }
+            ]
+        },
     )
 
     agent_id: UuidText
     active_sessions: Count
+    paused_sessions: Count
+    frozen: bool = Field(description="Whether everything that it does is denied.")
+    frozen_at: Annotated[datetime | None, NotNull] = Field(
+        default=None, description="Absent if it is not frozen."
+    )
+    frozen_by: Annotated[str | None, NotNull] = Field(
+        default=None, description="The name of the key that froze it, if there are keys."
+    )
+    reason: Annotated[str | None, NotNull] = Field(
+        default=None, description="Why it is frozen. Absent if none was given."
+    )
+
+
+class AgentPage(BaseModel):
+    """A page of frozen agents, in the order of their ids."""
+
+    items: list[Agent]
+    next_cursor: Annotated[str | None, NotNull] = Field(
+        default=None,
+        description="The cursor of the next page. Absent on the last page.",
+    )
+
+
+class FreezeAgent(_Request):
+    """Why to freeze an agent."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"reason": "Deletes files that it should read"}]}
+    )
+
+    reason: Annotated[str, StringConstraints(max_length=MAX_INTENT_CHARS)] = Field(
+        default="", description="For people. Stored, never interpreted."
+    )
 
 
 class AgentSessionsClosed(BaseModel):

@@ -10,27 +10,38 @@ from app.api.dependencies import (
     DEFAULT_PAGE,
     Idempotency,
     Limit,
+    ListCursor,
     RequestActor,
     Service,
     SessionId,
 )
-from app.api.encode import created_response, denied_response, encode_session, page_response
+from app.api.encode import (
+    changed_response,
+    created_response,
+    denied_response,
+    encode_session,
+    page_response,
+)
 from app.api.openapi import (
     ALWAYS,
+    CHANGED_HEADERS,
     CREATED_HEADERS,
     SESSION_LINKS,
     WITH_BODY,
     problem_responses,
 )
 from app.api.problem_types import (
+    AGENT_FROZEN,
     GRANT_EXCEEDS_KEY,
+    REVISION_CONFLICT,
     SESSION_CLOSED,
+    SESSION_EXPIRED,
     SESSION_NOT_FOUND,
     TOO_MANY_SESSIONS,
     grant_exceeds_key,
     session_not_found,
 )
-from app.api.schemas import CreateSession, Session, SessionPage, UuidText
+from app.api.schemas import CreateSession, Session, SessionPage, UpdateSession, UuidText
 from app.domain.admission import Denied
 from app.domain.ceilings import GrantExceedsKey
 from app.domain.session import SessionStatus
@@ -44,7 +55,12 @@ from app.store.contract import SessionFilter
 router = APIRouter(route_class=StrictRoute)
 
 _CREATION = problem_responses(
-    *WITH_BODY, GRANT_EXCEEDS_KEY, TOO_MANY_SESSIONS, *ALWAYS, SESSION_LIMIT_REACHED
+    *WITH_BODY,
+    GRANT_EXCEEDS_KEY,
+    AGENT_FROZEN,
+    TOO_MANY_SESSIONS,
+    *ALWAYS,
+    SESSION_LIMIT_REACHED,
 )
 
 
@@ -66,7 +82,7 @@ async def create_session(
     actor: RequestActor,
     idempotency: Idempotency,
 ) -> RawResponse:
-    """Issue a session for one agent and one task. Its terms cannot be changed later."""
+    """Issue a session for one agent and one task."""
     try:
         decision = await service.create_session(
             body.to_grant(),
@@ -100,9 +116,7 @@ async def list_sessions(
         SessionStatus | None, Query(description="Only sessions with this status.")
     ] = None,
     limit: Limit = DEFAULT_PAGE,
-    cursor: Annotated[
-        str | None, Query(description="next_cursor of the previous page.")
-    ] = None,
+    cursor: ListCursor = None,
 ) -> RawResponse:
     """List sessions in the order of their deadlines. Ended ones stay until they are swept."""
     page = await service.list_sessions(
@@ -144,4 +158,86 @@ async def close_session(
     outcome = await service.close_session(session_id, actor)
     if isinstance(outcome, Denied):
         return denied_response(outcome, request)
-    return json_response(200, encode_session(outcome), [])
+    return changed_response(outcome)
+
+
+_CHANGE = (SESSION_NOT_FOUND, SESSION_CLOSED, SESSION_EXPIRED)
+
+
+@router.patch(
+    "/sessions/{session_id}",
+    operation_id="updateSession",
+    summary="Change a running session",
+    tags=["sessions"],
+    response_model=Session,
+    responses=problem_responses(
+        *_CHANGE, REVISION_CONFLICT, GRANT_EXCEEDS_KEY, *WITH_BODY, *ALWAYS
+    )
+    | {200: {"description": "Changed.", "headers": CHANGED_HEADERS}},
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def update_session(
+    *,
+    request: StrictRequest,
+    session_id: SessionId,
+    body: UpdateSession,
+    service: Service,
+    actor: RequestActor,
+    idempotency: Idempotency,
+) -> RawResponse:
+    """Change the terms of a session that has not ended. Nothing is refilled: the calls made and
+    the rate window stay as they are. An Idempotency-Key makes a relative change safe to
+    retry."""
+    try:
+        outcome = await service.amend_session(
+            session_id,
+            body.to_amendment(),
+            actor,
+            ceilings=request.caller.ceilings,
+            idempotency=idempotency,
+        )
+    except GrantExceedsKey as error:
+        raise grant_exceeds_key(error.limits) from None
+    if isinstance(outcome, Denied):
+        return denied_response(outcome, request)
+    return changed_response(outcome)
+
+
+@router.post(
+    "/sessions/{session_id}/pause",
+    operation_id="pauseSession",
+    summary="Pause a session",
+    tags=["sessions"],
+    response_model=Session,
+    responses=problem_responses(*_CHANGE, *ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def pause_session(
+    request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
+) -> RawResponse:
+    """Hold a session: it admits no calls until it is resumed. Its time goes on. Pausing it
+    twice changes nothing."""
+    outcome = await service.pause_session(session_id, actor)
+    if isinstance(outcome, Denied):
+        return denied_response(outcome, request)
+    return changed_response(outcome)
+
+
+@router.post(
+    "/sessions/{session_id}/resume",
+    operation_id="resumeSession",
+    summary="Resume a session",
+    tags=["sessions"],
+    response_model=Session,
+    responses=problem_responses(*_CHANGE, *ALWAYS),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def resume_session(
+    request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
+) -> RawResponse:
+    """Let a paused session admit calls again. Resuming one that is not paused changes
+    nothing."""
+    outcome = await service.resume_session(session_id, actor)
+    if isinstance(outcome, Denied):
+        return denied_response(outcome, request)
+    return changed_response(outcome)

@@ -1,18 +1,20 @@
 """Admission: decide whether a session may make these calls now, and count them if so.
 
-The store checks rule 1, that the session exists. `check_usable` checks rules 2 to 4, and
-`decide` checks rules 2 to 8. The first rule that fails names the denial. The denial lists
-every one of rules 5 to 8 that fails. Each rule requires:
+The store checks rule 1, that the session exists. `check_usable` checks rules 2 to 6, and
+`decide` checks rules 2 to 10. The first rule that fails names the denial. The denial lists
+every one of rules 7 to 10 that fails. Each rule requires:
 
-    2  agent_mismatch        the caller names the session's agent, or no agent
-    3  session_closed        the session is not closed
-    4  session_expired       now < expires_at
-    5  budget_exceeded       calls_made + n <= call_budget
-    6  tool_not_authorized   every tool is on the allow-list
-    7  sensitivity_exceeded  the tier is at most the ceiling
-    8  rate_limited          window calls + n <= limit; an elapsed window counts as empty
+    2   agent_mismatch        the caller names the session's agent, or no agent
+    3   session_closed        the session is not closed
+    4   session_expired       now < expires_at
+    5   agent_frozen          the agent is not frozen
+    6   session_paused        the session is not paused
+    7   budget_exceeded       calls_made + n <= call_budget
+    8   tool_not_authorized   every tool is on the allow-list
+    9   sensitivity_exceeded  the tier is at most the ceiling
+    10  rate_limited          window calls + n <= limit; an elapsed window counts as empty
 
-An empty batch is subject to rules 2 to 4 only.
+An empty batch is subject to rules 2 to 6 only.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
 
 
 class Violation(NamedTuple):
-    """One of rules 5 to 8 that failed, with its figures."""
+    """One of rules 7 to 10 that failed, with its figures."""
 
     code: DenialCode
     limit: int | None = None
@@ -102,8 +104,20 @@ def already_closed(session: Session) -> Denied:
     return Denied(DenialCode.SESSION_CLOSED, NextAction.STOP, session)
 
 
-def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | None:
-    """Apply rules 2 to 4, which do not depend on the calls, at the instant `now`.
+def expired(session: Session) -> Denied:
+    """Rule 4: the session is expired."""
+    return Denied(DenialCode.SESSION_EXPIRED, NextAction.NEW_SESSION, session)
+
+
+def agent_frozen(session: Session | None = None) -> Denied:
+    """Rule 5: the agent is frozen. A creation has no session."""
+    return Denied(DenialCode.AGENT_FROZEN, NextAction.ASK_OPERATOR, session)
+
+
+def check_usable(
+    session: Session, agent_id: str | None, now: int, *, frozen: bool = False
+) -> Denied | None:
+    """Apply rules 2 to 6, which do not depend on the calls, at the instant `now`.
 
     Return the denial, or `None` if the caller may use the session.
     """
@@ -113,20 +127,32 @@ def check_usable(session: Session, agent_id: str | None, now: int) -> Denied | N
     if terms.closed_at is not None:
         return already_closed(session.at(now))
     if now >= terms.expires_at:
-        return Denied(DenialCode.SESSION_EXPIRED, NextAction.NEW_SESSION, session.at(now))
+        return expired(session.at(now))
+    if frozen:
+        return agent_frozen(session.at(now))
+    if terms.paused_at is not None:
+        return Denied(DenialCode.SESSION_PAUSED, NextAction.ASK_OPERATOR, session.at(now))
     return None
 
 
-def decide(session: Session, admission: Admission, now: int) -> Admitted | Denied:
-    """Apply rules 2 to 8 at the instant `now`.
+def decide(
+    session: Session, admission: Admission, now: int, *, frozen: bool = False
+) -> Admitted | Denied:
+    """Apply rules 2 to 10 at the instant `now`. `frozen` says whether the agent is.
 
     `now` must never be earlier than in a previous decision about the same session. A store
     whose clock can step back holds it still instead.
     """
     tools, agent_id = admission.tool_names, admission.agent_id
     terms, usage = session.terms, session.usage
-    if terms.closed_at is not None or now >= terms.expires_at or agent_id is not None:
-        unusable = check_usable(session, agent_id, now)
+    if (
+        terms.closed_at is not None
+        or now >= terms.expires_at
+        or agent_id is not None
+        or frozen
+        or terms.paused_at is not None
+    ):
+        unusable = check_usable(session, agent_id, now, frozen=frozen)
         if unusable is not None:
             return unusable
     n = len(tools)
@@ -166,7 +192,7 @@ def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> D
 def violation(
     code: DenialCode, session: Session, calls: int, tool_indexes: tuple[int, ...] = ()
 ) -> Violation:
-    """A violation of one of rules 5 to 8 by `calls` calls. `session` is as of now."""
+    """A violation of one of rules 7 to 10 by `calls` calls. `session` is as of now."""
     grant = session.grant
     if code is DenialCode.BUDGET_EXCEEDED:
         return Violation(code, grant.call_budget, session.usage.calls_made, calls)

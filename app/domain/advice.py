@@ -21,12 +21,15 @@ class DenialCode(StrEnum):
     AGENT_MISMATCH = "agent_mismatch"
     SESSION_CLOSED = "session_closed"
     SESSION_EXPIRED = "session_expired"
+    AGENT_FROZEN = "agent_frozen"
+    SESSION_PAUSED = "session_paused"
     BUDGET_EXCEEDED = "budget_exceeded"
     TOOL_NOT_AUTHORIZED = "tool_not_authorized"
     SENSITIVITY_EXCEEDED = "sensitivity_exceeded"
     RATE_LIMITED = "rate_limited"
     TOO_MANY_SESSIONS = "too_many_sessions"
     IDEMPOTENCY_CONFLICT = "idempotency_conflict"
+    REVISION_CONFLICT = "revision_conflict"
 
 
 class NextAction(StrEnum):
@@ -54,7 +57,7 @@ Advice = tuple[NextAction, int | None]
 
 
 def advise(session: Session, calls: int, violated: Collection[DenialCode]) -> Advice:
-    """The advice after a denial of `calls` calls by rules 5 to 8. `session` is as of now."""
+    """The advice after a denial of `calls` calls by rules 7 to 10. `session` is as of now."""
     grant, left = session.grant, session.calls_remaining
     limit = grant.rate_limit_per_minute
     wait = _secs_to_next_window(session)

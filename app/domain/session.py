@@ -59,6 +59,7 @@ class SessionStatus(StrEnum):
     """Where a session is in its life. A closed session stays closed past its deadline."""
 
     ACTIVE = "active"
+    PAUSED = "paused"
     CLOSED = "closed"
     EXPIRED = "expired"
 
@@ -100,10 +101,28 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     session id and one `rev`."""
     closed_by: ClosedBy | None = None
     """`None` if it is not closed, or if an older version closed it."""
+    paused_at: int | None = None
 
     def changed(self, **changes: Any) -> Terms:
         """The next revision, with these changes."""
         return msgspec.structs.replace(self, rev=self.rev + 1, **changes)
+
+
+class Freeze(msgspec.Struct, frozen=True, gc=False):
+    """A stop for everything that an agent does, until it is lifted."""
+
+    frozen_at: int
+    reason: str = ""
+    by: str = ""
+    """The name of the API key; empty if the service runs without keys."""
+
+
+class AgentState(msgspec.Struct, frozen=True, gc=False):
+    """An agent as it is now."""
+
+    active_sessions: int
+    paused_sessions: int
+    freeze: Freeze | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -140,12 +159,14 @@ class Session(msgspec.Struct, frozen=True, gc=False):
             return SessionStatus.CLOSED
         if self.as_of >= self.terms.expires_at:
             return SessionStatus.EXPIRED
+        if self.terms.paused_at is not None:
+            return SessionStatus.PAUSED
         return SessionStatus.ACTIVE
 
     @property
     def calls_remaining(self) -> int:
-        """Calls left in the budget."""
-        return self.terms.grant.call_budget - self.usage.calls_made
+        """Calls left in the budget; 0 if it was lowered below the calls made."""
+        return max(0, self.terms.grant.call_budget - self.usage.calls_made)
 
     @property
     def is_active(self) -> bool:

@@ -33,6 +33,7 @@ _READS = frozenset({"GET", "HEAD"})
 _IDEMPOTENT = frozenset({"PUT", "DELETE"})
 """RFC 9110, section 9.2.2."""
 
+_MERGE_PATCH = "application/merge-patch+json"
 _PLACE = re.compile(r" at (line \d+ column \d+)$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
@@ -68,6 +69,12 @@ class StrictRequest(Request):
             return Repeat.HARMLESS
         return Repeat.KEYED if self.has_header(b"idempotency-key") else Repeat.MAY_COUNT_TWICE
 
+    @property
+    def has_body(self) -> bool:
+        """Whether the request says that it has a body (RFC 9112, section 6)."""
+        length = self._last.get(b"content-length", b"0")
+        return length.strip(b"0") != b"" or b"transfer-encoding" in self._last
+
     def has_header(self, name: bytes) -> bool:
         """Whether there is a header field with this name, which is in lower case."""
         return name in self._last
@@ -99,7 +106,8 @@ class StrictRequest(Request):
     async def read_json(self, receive: Receive) -> Any:
         """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
         if self._is_repeated or self._last.get(b"content-type") != b"application/json":
-            check_content_type(self.header_texts(b"content-type"))
+            patches = self.scope["method"] == "PATCH"
+            check_content_type(self.header_texts(b"content-type"), patches=patches)
         if b"content-encoding" in self._last:
             check_content_encoding(self.header_texts(b"content-encoding"))
         body = await self._read(receive)
@@ -124,18 +132,18 @@ class StrictRequest(Request):
         return body
 
 
-def check_content_type(values: Iterable[str]) -> None:
-    """Raises `Refused` unless exactly one header says JSON, in UTF-8 if it says a charset."""
+def check_content_type(values: Iterable[str], *, patches: bool = False) -> None:
+    """Raises `Refused` unless exactly one header says JSON, in UTF-8 if it says a charset. One
+    that `patches` may also say that it is a merge patch (RFC 7396)."""
     match list(values):
         case [value]:
             media_type, _, parameters = value.partition(";")
         case _:
             raise Refused(UNSUPPORTED_MEDIA_TYPE)
     charset = parameters.strip().lower().replace('"', "")
-    if media_type.strip().lower() != "application/json" or charset not in {
-        "",
-        "charset=utf-8",
-    }:
+    media_type = media_type.strip().lower()
+    known = media_type == "application/json" or (patches and media_type == _MERGE_PATCH)
+    if not known or charset not in {"", "charset=utf-8"}:
         raise Refused(UNSUPPORTED_MEDIA_TYPE)
 
 

@@ -14,7 +14,7 @@ The function of a route returns a `RawResponse`. Its parameters are:
 - a dependency, `Annotated[T, Depends(read)]`. `read` is a plain function, called with the part
   of the path that is its parameter, or else with the `StrictRequest`. Header parameters of
   `read` are documentation and have defaults;
-- a query parameter, and the body, a pydantic model.
+- a query parameter, and the body, a pydantic model. A body with a default may be left out.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Handler:
         self._read: list[tuple[str, Callable[[StrictRequest], Any]]] = []
         self._query: dict[str, TypeAdapter[Any]] = {}
         self._to_model: Callable[[Any], Any] | None = None
+        self._default_body: Any = inspect.Parameter.empty
         signature = inspect.signature(route.endpoint, eval_str=True)
         for name, parameter in signature.parameters.items():
             annotation = parameter.annotation
@@ -86,6 +87,7 @@ class Handler:
                 self._read.append((name, _reader(dependency.dependency)))
             elif route.body_field is not None and name == route.body_field.name:
                 self._read.append((name, _body))
+                self._default_body = parameter.default
                 self._to_model = TypeAdapter(annotation).validator.validate_python
             else:
                 read = partial(_query_value, name, parameter.default)
@@ -105,7 +107,10 @@ class Handler:
             if scope["query_string"]:
                 request.query = request.read_query(self._names)
             if self._to_model is not None:
-                request.body = await request.read_json(receive)
+                if request.has_body or self._default_body is inspect.Parameter.empty:
+                    request.body = await request.read_json(receive)
+                else:
+                    request.body = self._default_body
             self._validate(request)
             return await self._run(**{name: read(request) for name, read in self._read})
         except ClientDisconnect:
@@ -147,7 +152,7 @@ class Handler:
                 request.query[name] = self._query[name].validate_python(text)
             except ValidationError as error:
                 errors += _field_errors("query", (name,), error)
-        if self._to_model is not None:
+        if self._to_model is not None and request.body is not self._default_body:
             try:
                 request.body = self._to_model(request.body)
             except ValidationError as error:

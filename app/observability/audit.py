@@ -12,6 +12,7 @@ its SHA-256 to find the lines of a known id.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import threading
@@ -80,7 +81,8 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     at: str
     """RFC 3339, UTC."""
     event: str
-    """`create`, `call`, `batch`, `close`, `close_agent`, `sweep`, `start`, `stop` or `lost`."""
+    """`create`, `call`, `batch`, `close`, `amend`, `pause`, `resume`, `close_agent`, `freeze`,
+    `unfreeze`, `sweep`, `start`, `stop` or `lost`."""
     outcome: str = ""
     """`admitted`, `replayed`, `done`, or the code of the denial or problem."""
     caller: str = ""
@@ -93,7 +95,11 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     dry_run: bool = False
     violations: list[Figures] = []
     grant: Grant | None = None
-    """What a session was created with."""
+    """What a session was created with, or allows after a change."""
+    revision: int | None = None
+    """Of the terms, after a change."""
+    reason: str = ""
+    """Why an agent was frozen."""
     before: Counters | None = None
     after: Counters | None = None
     count: int | None = None
@@ -123,6 +129,7 @@ class Entry(NamedTuple):
     closed: tuple[str, ...] = ()
     """Ids of sessions that were closed together."""
     outcome_unknown: bool = False
+    reason: str = ""
     number: int | None = None
     """Sessions or lines that the event is about."""
 
@@ -302,10 +309,22 @@ class AuditLog:
         if lost and len(self._waiting) < MAX_WAITING // 2:
             self._told_lost += lost
             lines.append(_line(Entry(self._now(), "lost", "", NOBODY, number=lost)))
-        return _ENCODER.encode_lines(lines)
+        return b"".join(map(_encode, lines))
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=encode_hook)
+
+
+_TERMS_EVENTS = frozenset({"create", "amend", "pause", "resume"})
+"""Events whose lines have the whole terms."""
+
+
+def _encode(line: Line) -> bytes:
+    """The line in printable ASCII: a grant holds text that a client chose."""
+    encoded = _ENCODER.encode(line)
+    if not encoded.isascii():
+        encoded = json.dumps(msgspec.json.decode(encoded), separators=(",", ":")).encode()
+    return encoded.replace(b"\x7f", b"\\u007f") + b"\n"
 
 
 def _digest(session_id: str) -> str:
@@ -334,6 +353,7 @@ def _line(entry: Entry) -> Line:
         ],
         sessions_sha256=[_digest(session_id) for session_id in entry.closed],
         outcome_unknown=entry.outcome_unknown,
+        reason=entry.reason,
         count=entry.number,
     )
     if entry.session_id:
@@ -346,8 +366,9 @@ def _line(entry: Entry) -> Line:
     session = entry.session
     if session is not None:
         line.agent_id = session.grant.agent_id
-        if entry.event == "create":
+        if entry.event in _TERMS_EVENTS:
             line.grant = session.grant
+            line.revision = session.terms.rev
         made, in_window = session.usage.calls_made, session.usage.rate_window_calls
         line.before = Counters(made - entry.counted, in_window - entry.counted)
         line.after = line.before if entry.dry_run else Counters(made, in_window)

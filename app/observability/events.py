@@ -6,7 +6,7 @@ import asyncio
 
 from app.domain.admission import Admission, Admitted, Denied, Operation, Violation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
-from app.domain.session import Session
+from app.domain.lifecycle import Changed
 from app.observability.audit import NOBODY, Actor, AuditLog
 from app.observability.logs import LogLimit, get_logger, short
 from app.observability.metrics import Metrics
@@ -14,6 +14,8 @@ from app.store.contract import Swept
 
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
+
+_PAST = {"freeze": "frozen", "unfreeze": "unfrozen"}
 
 LINES_PER_SEC = 10
 """Log lines about denials and refusals of one code in a second."""
@@ -150,7 +152,42 @@ class Events:
                 outcome_unknown=error.outcome_unknown,
             )
 
-    def closed(self, session_id: str, outcome: Session | Denied, actor: Actor) -> None:
+    def changed(
+        self, kind: str, session_id: str, outcome: Changed | Denied, actor: Actor
+    ) -> None:
+        """Report a change of a session's terms other than closing: `amend`, `pause` or
+        `resume`."""
+        told = outcome.code.value if isinstance(outcome, Denied) else "done"
+        if isinstance(outcome, Changed) and outcome.replayed:
+            told = "replayed"
+        session = outcome.session
+        if self._audit is not None:
+            self._audit.note(kind, told, actor, session_id=session_id, session=session)
+        if told != "done" or session is None:
+            return
+        self._metrics.changes[kind] += 1
+        self._log.info(
+            "session changed",
+            request_id=actor.request_id,
+            caller=actor.caller,
+            session_id=short(session_id),
+            change=kind,
+            revision=session.terms.rev,
+        )
+
+    def agent_changed(self, kind: str, agent_id: str, actor: Actor, reason: str) -> None:
+        """Report that an agent was frozen or unfrozen."""
+        if self._audit is not None:
+            self._audit.note(kind, "done", actor, agent_id=agent_id, reason=reason)
+        self._metrics.changes[kind] += 1
+        self._log.info(
+            f"agent {_PAST[kind]}",
+            request_id=actor.request_id,
+            caller=actor.caller,
+            agent_id=short(agent_id),
+        )
+
+    def closed(self, session_id: str, outcome: Changed | Denied, actor: Actor) -> None:
         """Report an attempt to close a session."""
         if isinstance(outcome, Denied):
             if self._audit is not None:
@@ -162,7 +199,7 @@ class Events:
                     session=outcome.session,
                 )
             return
-        session = outcome
+        session = outcome.session
         if self._audit is not None:
             self._audit.note("close", "done", actor, session_id=session_id, session=session)
         self._metrics.ended["closed"] += 1

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from app import __version__
+from app.store.contract import Totals
 
 REQUEST_BUCKETS_SECS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 SWEEP_BUCKETS_SECS = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -64,6 +65,7 @@ class Counts(msgspec.Struct):
     decisions: list[tuple[str, str, int]]
     created: int
     ended: dict[str, int]
+    changes: dict[str, int]
     requests: list[tuple[str, str, int, list[int], float]]
     sweeps: tuple[list[int], float]
     refused: dict[str, int]
@@ -80,6 +82,9 @@ class Metrics:
         self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.created = 0
         self.ended: dict[str, int] = {"closed": 0, "agent_closed": 0, "expired": 0}
+        self.changes: dict[str, int] = dict.fromkeys(
+            ("amend", "pause", "resume", "freeze", "unfreeze"), 0
+        )
         self.requests: dict[tuple[str, str, int], Histogram] = {}
         self.sweeps = Histogram(SWEEP_BUCKETS_SECS)
         self.refused: defaultdict[str, int] = defaultdict(int)
@@ -109,6 +114,7 @@ class Metrics:
             [(*labels, count) for labels, count in self.decisions.items()],
             self.created,
             self.ended,
+            self.changes,
             [(*labels, each.counts, each.total) for labels, each in self.requests.items()],
             (self.sweeps.counts, self.sweeps.total),
             self.refused,
@@ -125,6 +131,8 @@ class Metrics:
         self.created += counts.created
         for reason, count in counts.ended.items():
             self.ended[reason] += count
+        for kind, count in counts.changes.items():
+            self.changes[kind] += count
         for method, route, status, buckets, total in counts.requests:
             self.request(method, route, status).add(buckets, total)
         self.sweeps.add(*counts.sweeps)
@@ -135,13 +143,13 @@ class Metrics:
         self.connections += counts.connections
         self.requests_in_flight += counts.requests_in_flight
 
-    def render(self, active_sessions: int | None) -> bytes:
-        """Return the text of a scrape; `active_sessions` is `None` if the store is down."""
+    def render(self, totals: Totals | None) -> bytes:
+        """Return the text of a scrape; `totals` is `None` if the store is down."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Snapshot(self._families(active_sessions)))
+        registry.register(_Snapshot(self._families(totals)))
         return generate_latest(registry)
 
-    def _families(self, active_sessions: int | None) -> Iterator[Metric]:
+    def _families(self, totals: Totals | None) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
             "arbiter_decisions",
             "Decisions by operation and outcome: admitted, replayed or a denial code.",
@@ -151,11 +159,17 @@ class Metrics:
             decisions.add_metric(labels, count)
         yield decisions
         yield GaugeMetricFamily(
-            "arbiter_store_up", "Whether the store responds.", int(active_sessions is not None)
+            "arbiter_store_up", "Whether the store responds.", int(totals is not None)
         )
-        if active_sessions is not None:
+        if totals is not None:
             yield GaugeMetricFamily(
-                "arbiter_sessions_active", "Active sessions.", active_sessions
+                "arbiter_sessions_active", "Active sessions.", totals.active
+            )
+            yield GaugeMetricFamily(
+                "arbiter_sessions_paused", "Paused sessions.", totals.paused
+            )
+            yield GaugeMetricFamily(
+                "arbiter_agents_frozen", "Frozen agents.", totals.frozen_agents
             )
         yield CounterMetricFamily(
             "arbiter_sessions_created", "Sessions created.", value=self.created
@@ -168,6 +182,14 @@ class Metrics:
         for reason, count in self.ended.items():
             ended.add_metric((reason,), count)
         yield ended
+        changes = CounterMetricFamily(
+            "arbiter_changes",
+            "Changes of running sessions and of agents, by kind.",
+            labels=("kind",),
+        )
+        for kind, count in self.changes.items():
+            changes.add_metric((kind,), count)
+        yield changes
         sweeps = HistogramMetricFamily(
             "arbiter_sweep_duration_seconds", "Duration of sweeps of ended sessions."
         )

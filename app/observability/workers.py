@@ -14,6 +14,7 @@ import msgspec
 from app import __version__
 from app.observability.logs import get_logger
 from app.observability.metrics import Counts, Metrics
+from app.store.contract import Totals
 
 PUBLISH_EVERY_SECS = 1.0
 """How old another worker's counts can be at a scrape."""
@@ -33,13 +34,13 @@ class SharedMetrics:
         self._file = None if folder is None else folder / f"{os.getpid()}-{uuid.uuid4()}.json"
         self._published = b""
 
-    def render(self, active_sessions: int | None) -> bytes:
-        """Return the text of a scrape; `active_sessions` is `None` if the store is down."""
+    def render(self, totals: Totals | None) -> bytes:
+        """Return the text of a scrape; `totals` is `None` if the store is down."""
         total = Metrics()
         total.add(self.own.counts())
         for others in self._others():
             total.add(others)
-        return total.render(active_sessions)
+        return total.render(totals)
 
     def _others(self) -> list[Counts]:
         if self._file is None:

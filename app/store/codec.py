@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from app.domain.admission import Admission
+from app.domain.lifecycle import Amendment
 from app.domain.session import ClosedBy, Grant
 from app.domain.tools import AllowList
 
@@ -30,7 +31,7 @@ _closed_by = msgspec.json.Decoder(ClosedBy)
 _admissions = msgspec.json.Decoder(Admission)
 
 
-def to_text(value: Grant | Admission | ClosedBy) -> str:
+def to_text(value: Grant | Admission | ClosedBy | Amendment) -> str:
     """Encode a value as JSON."""
     return _encoder.encode(value).decode()
 

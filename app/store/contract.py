@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from app.domain.admission import Admission, Admitted, Denied
-from app.domain.lifecycle import Transition
-from app.domain.session import Grant, Session, SessionStatus
+from app.domain.lifecycle import Changed, Transition
+from app.domain.session import AgentState, Freeze, Grant, Session, SessionStatus
 
 CREATION_REPLAY_SECS = 24 * 3600
 """How long a creation can be replayed with its idempotency key."""
@@ -80,6 +80,23 @@ class CreationKey(NamedTuple):
     """A digest of the request as the caller sent it. A retry must repeat the request."""
 
 
+class ChangeKey(NamedTuple):
+    """The idempotency key of a change. It shares its session with the keys of calls."""
+
+    caller: str
+    key: str
+    request: str
+    """A digest of the request, different from any admission. A retry must repeat it."""
+
+
+class Totals(NamedTuple):
+    """What the store holds now."""
+
+    active: int
+    paused: int
+    frozen_agents: int
+
+
 class SessionFilter(NamedTuple):
     """Which sessions to list. `None` matches any."""
 
@@ -91,6 +108,13 @@ class Page(NamedTuple):
     """One page of sessions. `next_cursor` is `None` on the last page."""
 
     sessions: list[Session]
+    next_cursor: str | None
+
+
+class FrozenAgents(NamedTuple):
+    """One page of frozen agents. `next_cursor` is `None` on the last page."""
+
+    agents: list[tuple[str, Freeze]]
     next_cursor: str | None
 
 
@@ -135,9 +159,10 @@ class SessionStore(ABC):
 
         If the caller used the idempotency key for this agent in the last 24 hours, return the
         session as it was created then (`replayed`) if the request is equal, else
-        `idempotency_conflict`. Only after that check does the cap on active sessions apply:
-        `too_many_sessions`, with `limit` and `used`. Sessions past their deadline do not
-        count, swept or not. Look-up, count and creation are one atomic step.
+        `idempotency_conflict`. Before that check, `agent_frozen` applies; only after it does
+        the cap on active and paused sessions: `too_many_sessions`, with `limit` and `used`.
+        Sessions past their deadline do not count, swept or not. Look-up, count and creation
+        are one atomic step.
 
         Raises `SessionLimitReached` if the store holds `max_sessions` sessions or, for a
         request with a key, remembers as many creations as are the caller's share.
@@ -162,10 +187,10 @@ class SessionStore(ABC):
         (`app.domain.admission`).
 
         Denied with `session_not_found` if the session does not exist. If the idempotency
-        key was admitted before in this session, and while rules 2 to 4 hold, return the
-        session as it was then (`replayed`) and count nothing if the admission is equal,
-        else `idempotency_conflict`. A dry run gives the same answer and records nothing,
-        not even the key. The key of an empty batch is not remembered either.
+        key was admitted before in this session, and while rules 2 to 6 hold, return the
+        session with its usage as it was then (`replayed`) and count nothing if the admission
+        is equal, else `idempotency_conflict`. A dry run gives the same answer and records
+        nothing, not even the key. The key of an empty batch is not remembered either.
 
         Raises `SessionLimitReached` if an admission with a key cannot be remembered.
 
@@ -174,12 +199,19 @@ class SessionStore(ABC):
         """
 
     @abstractmethod
-    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
-        """Change the terms of a session in one atomic step and return the changed session
-        (`app.domain.lifecycle`).
+    async def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None = None
+    ) -> Changed | Denied:
+        """Change the terms of a session in one atomic step (`app.domain.lifecycle`).
 
         `session_not_found`, or the denial that the transition returns; then nothing has
-        changed. Usage is never touched. The transition may be called several times.
+        changed. Usage is never touched. The transition may be called several times, and what
+        it raises is raised here.
+
+        If the idempotency key was used before in this session, and the session has not ended,
+        change nothing: `Changed` with `replayed` and the session as it is now, or
+        `idempotency_conflict` if the request was another one. The key is remembered with the
+        session, even of a change that changes nothing; not of a denial.
         """
 
     @abstractmethod
@@ -197,17 +229,34 @@ class SessionStore(ABC):
         """
 
     @abstractmethod
-    async def count_active_for_agent(self, agent_id: str) -> int:
-        """The number of the agent's sessions with status `active` now, without a scan."""
+    async def get_agent(self, agent_id: str) -> AgentState:
+        """The agent as it is now: how many of its sessions are active and paused, without a
+        scan, and whether it is frozen. An agent never seen has none and is not."""
 
     @abstractmethod
-    async def count_active(self) -> int:
-        """The number of sessions with status `active` now, without a scan."""
+    async def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
+        """Deny everything to the agent, from now on and until `unfreeze`: creations, and calls
+        in all of its sessions, with `agent_frozen`. Nothing is closed. Survives whatever the
+        sessions of this store survive. If it is frozen already, only the reason changes."""
+
+    @abstractmethod
+    async def unfreeze(self, agent_id: str) -> AgentState:
+        """Undo `freeze`. Does nothing if the agent is not frozen."""
+
+    @abstractmethod
+    async def list_frozen(self, *, limit: int, cursor: str | None = None) -> FrozenAgents:
+        """At most `limit` frozen agents after `cursor`, in the order of their ids. Raises
+        `InvalidCursor`."""
+
+    @abstractmethod
+    async def totals(self) -> Totals:
+        """How many sessions are active and paused now, and how many agents are frozen, without
+        a scan."""
 
     @abstractmethod
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
-        """Close every active session of the agent in one atomic step, in the name of `actor`.
-        Return their ids."""
+        """Close every active or paused session of the agent in one atomic step, in the name of
+        `actor`. Return their ids."""
 
     @abstractmethod
     async def cleanup_expired(self, limit: int) -> Swept:

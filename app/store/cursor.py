@@ -5,7 +5,8 @@ from __future__ import annotations
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import NamedTuple
 
-from app.store.contract import InvalidCursor
+from app.domain.session import Freeze
+from app.store.contract import FrozenAgents, InvalidCursor
 
 
 class Cursor(NamedTuple):
@@ -39,3 +40,14 @@ FIRST = Cursor(-1, "")
 
 _LAST = 2**63 - 1
 """Databases store signed 64-bit integers."""
+
+
+def decode_agent(cursor: str | None) -> str:
+    """The id after which a page of agents begins. Raises `InvalidCursor`."""
+    return "" if cursor is None else Cursor.decode(cursor).session_id
+
+
+def frozen_page(found: list[tuple[str, Freeze]], limit: int) -> FrozenAgents:
+    """The page that begins with `found`, in order, one more than `limit` if there are more."""
+    page = found[:limit]
+    return FrozenAgents(page, Cursor(0, page[-1][0]).encode() if len(found) > limit else None)

@@ -275,7 +275,12 @@ class TestEnd:
         counted = await api.client.get(f"/agents/{AGENT}")
         killed = await api.client.delete(f"/agents/{AGENT}/sessions")
 
-        assert counted.json() == {"agent_id": AGENT, "active_sessions": 2}
+        assert counted.json() == {
+            "agent_id": AGENT,
+            "active_sessions": 2,
+            "paused_sessions": 0,
+            "frozen": False,
+        }
         assert (killed.status_code, killed.json()) == (200, {"agent_id": AGENT, "closed": 2})
         assert (await api.call(mine[1])).status_code == 409
         assert (await api.call(other)).status_code == 200
@@ -288,14 +293,24 @@ class TestEnd:
         counted = await api.client.get(f"/agents/{AGENT.upper()}")
         killed = await api.client.delete(f"/agents/{AGENT.upper()}/sessions")
 
-        assert counted.json() == {"agent_id": AGENT, "active_sessions": 1}
+        assert counted.json() == {
+            "agent_id": AGENT,
+            "active_sessions": 1,
+            "paused_sessions": 0,
+            "frozen": False,
+        }
         assert (killed.status_code, killed.json()) == (200, {"agent_id": AGENT, "closed": 1})
         assert (await api.call(session["session_id"])).status_code == 409
 
     async def test_an_agent_never_seen_has_no_sessions(self, api: Api) -> None:
         answer = await api.client.get(f"/agents/{OTHER_AGENT}")
 
-        assert answer.json() == {"agent_id": OTHER_AGENT, "active_sessions": 0}
+        assert answer.json() == {
+            "agent_id": OTHER_AGENT,
+            "active_sessions": 0,
+            "paused_sessions": 0,
+            "frozen": False,
+        }
 
 
 class TestList:

@@ -23,6 +23,7 @@ from app.http.auth import Scope, new_key
 from app.main import create_app
 from app.observability.metrics import Metrics
 from app.settings import PREFIX, Settings
+from app.store.contract import Totals
 from tests.services import ROOT, StartService
 from tests.support import session_request
 
@@ -306,7 +307,9 @@ def test_every_code_and_next_action_is_explained() -> None:
 
 
 def test_every_metric_that_is_named_is_exported() -> None:
-    exported = set(re.findall(r"^# HELP (\S+)", Metrics().render(0).decode(), re.MULTILINE))
+    exported = set(
+        re.findall(r"^# HELP (\S+)", Metrics().render(Totals(0, 0, 0)).decode(), re.MULTILINE)
+    )
     named = {
         name.partition("{")[0]
         for names, _ in rows("docs/operations.md", 2)

@@ -61,7 +61,12 @@ async def test_a_session_lives_its_life(client: httpx.AsyncClient) -> None:
         *(200, 200, 200, 200, 403, 200, 200, 200, 409)
     ]
     assert answers[1].content == b""
-    assert answers[6].json() == {"agent_id": AGENT, "active_sessions": 1}
+    assert answers[6].json() == {
+        "agent_id": AGENT,
+        "active_sessions": 1,
+        "paused_sessions": 0,
+        "frozen": False,
+    }
     assert all(each.headers["cache-control"] == "no-store" for each in answers)
     assert len({each.headers["x-request-id"] for each in answers}) == len(answers)
 

@@ -344,4 +344,4 @@ async def test_head_of_a_session_responds_like_get(api: Api) -> None:
 async def test_allow_lists_head_beside_get(api: Api) -> None:
     answer = await api.client.put(f"/sessions/{new_id()}")
 
-    assert answer.headers["allow"] == "DELETE, GET, HEAD"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PATCH"

@@ -294,7 +294,7 @@ async def test_a_body_of_exactly_the_limit_is_accepted(api: Api) -> None:
     ("method", "path", "allow"),
     [
         ("PUT", "/sessions", "GET, HEAD, POST"),
-        ("PATCH", f"/sessions/{AGENT}", "DELETE, GET, HEAD"),
+        ("PUT", f"/sessions/{AGENT}", "DELETE, GET, HEAD, PATCH"),
         ("GET", f"/sessions/{AGENT}/calls", "POST"),
         ("DELETE", "/livez", "GET, HEAD"),
         ("POST", "/openapi.json", "GET, HEAD"),

@@ -12,6 +12,7 @@ import pytest
 
 from app.observability.metrics import Metrics
 from app.observability.workers import PUBLISH_EVERY_SECS, SharedMetrics
+from app.store.contract import Totals
 
 
 def counted(calls: int) -> Metrics:
@@ -20,6 +21,7 @@ def counted(calls: int) -> Metrics:
     metrics.decisions["call", "admitted"] += calls
     metrics.created += calls
     metrics.ended["closed"] += calls
+    metrics.changes["pause"] += calls
     for _ in range(calls):
         metrics.request("POST", "/sessions", 201).observe(0.002)
         metrics.sweeps.observe(0.5)
@@ -36,9 +38,9 @@ def test_a_scrape_of_one_worker_sums_all(tmp_path: Path) -> None:
     for worker in workers:
         worker.publish()
 
-    texts = {worker.render(3) for worker in workers}
+    texts = {worker.render(Totals(3, 0, 0)) for worker in workers}
 
-    assert texts == {SharedMetrics(counted(7), None).render(3)}
+    assert texts == {SharedMetrics(counted(7), None).render(Totals(3, 0, 0))}
 
 
 def test_counts_published_again_are_not_counted_twice(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_counts_published_again_are_not_counted_twice(tmp_path: Path) -> None:
         first.publish()
 
     assert b'arbiter_decisions_total{operation="call",outcome="admitted"} 5.0' in (
-        second.render(0)
+        second.render(Totals(0, 0, 0))
     )
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -64,7 +66,9 @@ def test_the_counts_of_an_exited_worker_are_kept(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(gone.run())
 
-    assert b"arbiter_sessions_created_total 3.0" in SharedMetrics(Metrics(), tmp_path).render(0)
+    assert b"arbiter_sessions_created_total 3.0" in SharedMetrics(Metrics(), tmp_path).render(
+        Totals(0, 0, 0)
+    )
 
 
 def test_the_gauges_of_a_killed_worker_are_dropped(tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_the_gauges_of_a_killed_worker_are_dropped(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     file.rename(file.with_name(f"{killed.pid}-{uuid.uuid4()}.json"))
 
-    text = SharedMetrics(counted(1), tmp_path).render(0)
+    text = SharedMetrics(counted(1), tmp_path).render(Totals(0, 0, 0))
 
     assert b"arbiter_http_connections 1.0" in text
     assert b"arbiter_http_requests_in_flight 1.0" in text
@@ -103,7 +107,9 @@ def test_an_unreadable_file_does_not_fail_the_scrape(tmp_path: Path) -> None:
         if file != worker._file:
             file.write_text(file.read_text().replace('"version":"', '"version":"old-'))
 
-    assert worker.render(0) == SharedMetrics(counted(1), None).render(0)
+    assert worker.render(Totals(0, 0, 0)) == SharedMetrics(counted(1), None).render(
+        Totals(0, 0, 0)
+    )
 
 
 def test_publishing_survives_the_loss_of_its_folder(tmp_path: Path) -> None:
@@ -125,4 +131,4 @@ def test_publishing_survives_the_loss_of_its_folder(tmp_path: Path) -> None:
         asyncio.run(worker.run())
 
     assert sleeps == 3
-    assert b"arbiter_sessions_created_total 2.0" in worker.render(0)
+    assert b"arbiter_sessions_created_total 2.0" in worker.render(Totals(0, 0, 0))

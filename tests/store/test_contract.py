@@ -9,11 +9,13 @@ import pytest
 from msgspec.structs import replace
 
 from app.domain.admission import KEY_CONFLICT, NO_SESSION, Admitted, Denied
-from app.domain.admission import DenialCode as Code
-from app.domain.errors import SessionLimitReached
-from app.domain.session import MICROSECONDS, Session, SessionStatus, Terms
+from app.domain.advice import DenialCode as Code
+from app.domain.errors import InvalidField, SessionLimitReached
+from app.domain.lifecycle import Amendment, Changed, amend, pause, resume
+from app.domain.session import MICROSECONDS, Freeze, Session, SessionStatus, Terms
 from app.domain.tools import AllowList
 from app.store.contract import (
+    ChangeKey,
     CreationKey,
     IdempotencyKey,
     InvalidCursor,
@@ -28,7 +30,9 @@ from tests.support import (
     a_batch,
     a_call,
     a_grant,
+    change,
     close,
+    count_active,
     create,
     kill,
     new_id,
@@ -439,8 +443,8 @@ class TestAgents:
         clock.advance(10)
         await opened(store, a_grant(call_budget=0))
 
-        assert await store.count_active_for_agent(AGENT) == 1
-        assert await store.count_active_for_agent(OTHER_AGENT) == 0
+        assert await count_active(store, AGENT) == 1
+        assert await count_active(store, OTHER_AGENT) == 0
         assert await kill(store, AGENT) == 1
 
     async def test_all_active_sessions_are_counted(
@@ -449,11 +453,11 @@ class TestAgents:
         await opened(store, a_grant(time_limit_secs=10))
         await opened(store, a_grant(agent_id=OTHER_AGENT))
         await close(store, (await opened(store)).session_id)
-        assert await store.count_active() == 2
+        assert await count_active(store) == 2
 
         clock.advance(10)
 
-        assert await store.count_active() == 1
+        assert await count_active(store) == 1
 
 
 class TestCaps:
@@ -507,7 +511,7 @@ class TestCaps:
         made = await asyncio.gather(*(create(store, a_grant()) for _ in range(50)))
 
         assert sum(isinstance(each, Admitted) for each in made) == 5
-        assert await store.count_active_for_agent(AGENT) == 5
+        assert await count_active(store, AGENT) == 5
 
     async def test_a_full_store_refuses_creations_until_sessions_are_removed(
         self, make_store: MakeStore, clock: ManualClock
@@ -572,7 +576,7 @@ class TestChange:
         await store.record(session.session_id, a_call())
         clock.advance(1)
 
-        changed = await store.change(session.session_id, double_budget)
+        changed = await change(store, session.session_id, double_budget)
 
         assert isinstance(changed, Session)
         assert changed.terms.rev == 2
@@ -583,19 +587,19 @@ class TestChange:
     async def test_a_denied_transition_changes_nothing(self, store: SessionStore) -> None:
         session = await opened(store)
 
-        denied = await store.change(session.session_id, lambda *_: KEY_CONFLICT)
+        denied = await change(store, session.session_id, lambda *_: KEY_CONFLICT)
 
         assert denied is KEY_CONFLICT
         assert await store.get(session.session_id) == session
 
     async def test_no_session_no_change(self, store: SessionStore) -> None:
-        assert await store.change(new_id(), double_budget) is NO_SESSION
+        assert await change(store, new_id(), double_budget) is NO_SESSION
 
     async def test_racing_changes_are_all_applied(self, store: SessionStore) -> None:
         session = await opened(store, a_grant(call_budget=1))
 
         await asyncio.gather(
-            *(store.change(session.session_id, double_budget) for _ in range(8)),
+            *(change(store, session.session_id, double_budget) for _ in range(8)),
             *(store.record(session.session_id, a_call()) for _ in range(8)),
         )
 
@@ -608,11 +612,11 @@ class TestChange:
         first = await opened(store, a_grant(time_limit_secs=10))
         second = await opened(store, a_grant(time_limit_secs=20))
 
-        await store.change(first.session_id, an_hour_longer)
+        await change(store, first.session_id, an_hour_longer)
 
         assert await listed(store) == [second.session_id, first.session_id]
         clock.advance(20)
-        assert await store.count_active() == await store.count_active_for_agent(AGENT) == 1
+        assert await count_active(store) == await count_active(store, AGENT) == 1
         assert isinstance(await store.record(first.session_id, a_call()), Admitted)
 
     async def test_a_budget_below_the_calls_made_admits_no_more(
@@ -622,7 +626,7 @@ class TestChange:
         for _ in range(3):
             await store.record(session.session_id, a_call())
 
-        await store.change(session.session_id, no_budget)
+        await change(store, session.session_id, no_budget)
 
         denied = await store.record(session.session_id, a_call())
         assert isinstance(denied, Denied)
@@ -631,7 +635,7 @@ class TestChange:
     async def test_tools_can_be_replaced(self, store: SessionStore) -> None:
         session = await opened(store, a_grant("old", "both", "fs.*"))
 
-        await store.change(session.session_id, other_tools)
+        await change(store, session.session_id, other_tools)
 
         outcome = {
             tool: isinstance(await store.record(session.session_id, a_call(tool)), Admitted)
@@ -644,6 +648,312 @@ class TestChange:
             "new": True,
             "db.x": True,
         }
+
+
+def a_change(key: str = "k", request: str = "add 5") -> ChangeKey:
+    return ChangeKey("ops", key, request)
+
+
+def five_more(session: Session, now: int) -> Terms | Denied:
+    return amend(Amendment(add_calls=5), 10**6)(session, now)
+
+
+class TestAmend:
+    async def test_a_change_with_a_key_is_made_once(self, store: SessionStore) -> None:
+        session = await opened(store, a_grant(call_budget=1))
+
+        made = await asyncio.gather(
+            *(store.change(session.session_id, five_more, a_change()) for _ in range(5))
+        )
+
+        assert all(isinstance(each, Changed) for each in made)
+        replayed = [each.replayed for each in made if isinstance(each, Changed)]
+        assert sorted(replayed) == [False, True, True, True, True]
+        after = await current(store, session)
+        assert (after.grant.call_budget, after.terms.rev) == (6, 2)
+
+    async def test_a_key_belongs_to_one_request(self, store: SessionStore) -> None:
+        session = await opened(store)
+        await store.change(session.session_id, five_more, a_change())
+        await store.record(session.session_id, a_call(), IdempotencyKey("ops", "call"))
+
+        other = await store.change(session.session_id, five_more, a_change(request="other"))
+        of_call = await store.change(session.session_id, five_more, a_change("call"))
+        call = await store.record(session.session_id, a_call(), IdempotencyKey("ops", "k"))
+        elsewhere = await store.change(
+            session.session_id, five_more, a_change()._replace(caller="b")
+        )
+
+        assert other == of_call == call == KEY_CONFLICT
+        assert isinstance(elsewhere, Changed)
+        assert not elsewhere.replayed
+
+    async def test_a_retry_is_known_although_the_change_would_now_be_refused(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store, a_grant("a", "b"))
+        remove = amend(Amendment(remove_tools=("a",)), 10**6)
+        expecting = amend(Amendment(add_calls=1, expected_revision=2), 10**6)
+        for key, transition in (("1", remove), ("2", expecting)):
+            await store.change(session.session_id, transition, a_change(key))
+
+        for key, transition in (("1", remove), ("2", expecting)):
+            again = await store.change(session.session_id, transition, a_change(key))
+            assert isinstance(again, Changed)
+            assert again.replayed
+        with pytest.raises(InvalidField):
+            await store.change(session.session_id, remove, a_change("3"))
+        conflict = await change(store, session.session_id, expecting)
+        assert isinstance(conflict, Denied)
+        assert conflict.code is Code.REVISION_CONFLICT
+
+    async def test_a_refused_change_does_not_use_up_its_key(self, store: SessionStore) -> None:
+        session = await opened(store)
+        early = amend(Amendment(add_calls=1, expected_revision=9), 10**6)
+        assert isinstance(
+            await store.change(session.session_id, early, a_change(request="x")), Denied
+        )
+
+        made = await store.change(session.session_id, five_more, a_change())
+
+        assert isinstance(made, Changed)
+        assert not made.replayed
+
+    async def test_an_ended_session_cannot_be_changed_not_even_by_a_retry(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        closed, expired = await opened(store), await opened(store, a_grant(time_limit_secs=9))
+        for session in (closed, expired):
+            await store.change(session.session_id, five_more, a_change())
+        await close(store, closed.session_id)
+        clock.advance(9)
+
+        for session, code in (
+            (closed, Code.SESSION_CLOSED),
+            (expired, Code.SESSION_EXPIRED),
+        ):
+            for transition in (five_more, pause, resume):
+                for key in (None, a_change(), a_change("new")):
+                    denied = await store.change(session.session_id, transition, key)
+                    assert isinstance(denied, Denied)
+                    assert denied.code is code
+
+    async def test_what_changes_nothing_makes_no_revision(self, store: SessionStore) -> None:
+        session = await opened(store)
+        nothing = amend(Amendment(call_budget=session.grant.call_budget), 10**6)
+
+        for key in (None, a_change(), a_change()):
+            changed = await store.change(session.session_id, nothing, key)
+            assert isinstance(changed, Changed)
+            assert changed.session.terms.rev == 1
+
+    async def test_a_time_limit_that_has_passed_expires_the_session_now(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(retention_secs=300)
+        session = await opened(store)
+        clock.advance(1000)
+
+        changed = await change(
+            store, session.session_id, amend(Amendment(time_limit_secs=10), 10**6)
+        )
+
+        assert isinstance(changed, Session)
+        assert changed.status is SessionStatus.EXPIRED
+        assert (await deny(store, session)).code is Code.SESSION_EXPIRED
+        assert await count_active(store) == 0
+        clock.advance(299)
+        assert await sweep(store) == 0
+        clock.advance(1)
+        assert await sweep(store) == 1
+
+    async def test_a_replayed_call_has_the_usage_of_then_and_the_terms_of_now(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store, a_grant(call_budget=10))
+        key = IdempotencyKey("proxy", "k")
+        await admit(store, session, idempotency=key)
+        await admit(store, session)
+        await change(store, session.session_id, five_more)
+
+        again = await admit(store, session, idempotency=key)
+
+        assert (again.usage.calls_made, again.grant.call_budget) == (1, 15)
+
+
+class TestPause:
+    async def test_a_paused_session_admits_nothing_until_it_is_resumed(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session = await opened(store, a_grant(time_limit_secs=10))
+        key = IdempotencyKey("proxy", "k")
+        await admit(store, session, idempotency=key)
+        await change(store, session.session_id, pause)
+        clock.advance(9)
+
+        for tools in (("read_file",), ()):
+            denied = await store.record(session.session_id, a_batch(*tools))
+            assert isinstance(denied, Denied)
+            assert denied.code is Code.SESSION_PAUSED
+        assert (await deny(store, session, idempotency=key)).code is Code.SESSION_PAUSED
+
+        assert isinstance(await change(store, session.session_id, resume), Session)
+        assert (await admit(store, session)).usage.calls_made == 2
+        await change(store, session.session_id, pause)
+        clock.advance(1)
+        assert (await deny(store, session)).code is Code.SESSION_EXPIRED
+
+    async def test_pausing_and_resuming_twice_changes_nothing(
+        self, store: SessionStore
+    ) -> None:
+        session = await opened(store)
+
+        revisions = []
+        for transition in (resume, pause, pause, resume, resume):
+            changed = await change(store, session.session_id, transition)
+            assert isinstance(changed, Session)
+            revisions.append(changed.terms.rev)
+
+        assert revisions == [1, 2, 2, 3, 3]
+
+    async def test_a_paused_session_is_listed_and_counted_as_such(
+        self, make_store: MakeStore, clock: ManualClock
+    ) -> None:
+        store = await make_store(max_active_sessions_per_agent=2, retention_secs=0)
+        held = await opened(store, a_grant(time_limit_secs=10))
+        active = await opened(store)
+        await change(store, held.session_id, pause)
+
+        for agent_id in (None, AGENT):
+            for status, expected in (
+                (SessionStatus.PAUSED, [held.session_id]),
+                (SessionStatus.ACTIVE, [active.session_id]),
+                (None, [held.session_id, active.session_id]),
+                (SessionStatus.EXPIRED, []),
+            ):
+                assert await listed(store, SessionFilter(agent_id, status)) == expected
+        agent = await store.get_agent(AGENT)
+        assert (agent.active_sessions, agent.paused_sessions) == (1, 1)
+        assert await store.totals() == (1, 1, 0)
+        # It counts for the cap.
+        assert isinstance(await create(store, a_grant()), Denied)
+        clock.advance(10)
+        assert (await store.get_agent(AGENT)).paused_sessions == 0
+        assert await listed(store, SessionFilter(None, SessionStatus.PAUSED)) == []
+        assert await listed(store, SessionFilter(None, SessionStatus.EXPIRED)) == [
+            held.session_id
+        ]
+        await sweep(store)
+        assert await store.totals() == (1, 0, 0)
+
+    async def test_the_kill_switch_closes_paused_sessions(self, store: SessionStore) -> None:
+        session = await opened(store)
+        await change(store, session.session_id, pause)
+
+        assert await kill(store) == 1
+
+        assert (await current(store, session)).status is SessionStatus.CLOSED
+        assert await store.totals() == (0, 0, 0)
+
+
+class TestFreeze:
+    async def test_a_frozen_agent_can_do_nothing(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        session, other = await opened(store), await opened(store, a_grant(agent_id=OTHER_AGENT))
+        call_key, creation_key = IdempotencyKey("proxy", "k"), IdempotencyKey("proxy", "c")
+        await admit(store, session, idempotency=call_key)
+        await create(store, a_grant(), creation_key)
+        clock.advance(1)
+
+        state = await store.freeze(AGENT, "reads too much", "ops")
+
+        assert state.freeze == Freeze(clock.now, "reads too much", "ops")
+        assert state.active_sessions == 2
+        for key in (None, creation_key):
+            denied = await create(store, a_grant(), key)
+            assert isinstance(denied, Denied)
+            assert denied.code is Code.AGENT_FROZEN
+        for tools in (("read_file",), ()):
+            assert (await deny_batch(store, session, *tools)).code is Code.AGENT_FROZEN
+        assert (await deny(store, session, idempotency=call_key)).code is Code.AGENT_FROZEN
+        assert (await current(store, session)).status is SessionStatus.ACTIVE
+        await admit(store, other)
+
+    async def test_unfreezing_lets_it_go_on(self, store: SessionStore) -> None:
+        session = await opened(store)
+        await store.freeze(AGENT, "", "ops")
+
+        state = await store.unfreeze(AGENT)
+
+        assert state.freeze is None
+        await admit(store, session)
+        assert isinstance(await create(store, a_grant()), Admitted)
+        assert (await store.unfreeze(AGENT)).freeze is None
+
+    async def test_freezing_again_changes_only_the_reason(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        await store.freeze(AGENT, "first|", "ops")
+        since = clock.now
+        clock.advance(5)
+
+        state = await store.freeze(AGENT, "second", "others")
+
+        assert state.freeze == Freeze(since, "second", "ops")
+
+    async def test_frozen_comes_after_expired_and_before_paused(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        paused, closed = await opened(store), await opened(store)
+        expired = await opened(store, a_grant(time_limit_secs=1))
+        await change(store, paused.session_id, pause)
+        await close(store, closed.session_id)
+        await store.freeze(AGENT, "", "ops")
+        clock.advance(1)
+
+        codes = [(await deny(store, each)).code for each in (paused, closed, expired)]
+
+        assert codes == [Code.AGENT_FROZEN, Code.SESSION_CLOSED, Code.SESSION_EXPIRED]
+
+    async def test_sessions_of_a_frozen_agent_can_be_changed_and_closed(
+        self, store: SessionStore
+    ) -> None:
+        first, second = await opened(store), await opened(store)
+        await store.freeze(AGENT, "", "ops")
+
+        for transition in (five_more, pause, resume):
+            assert isinstance(await change(store, first.session_id, transition), Session)
+        assert isinstance(await close(store, first.session_id), Session)
+        assert await kill(store) == 1
+        assert (await current(store, second)).status is SessionStatus.CLOSED
+
+    async def test_frozen_agents_are_listed_page_by_page(self, store: SessionStore) -> None:
+        agents = sorted(new_id() for _ in range(7))
+        for agent_id in agents:
+            await store.freeze(agent_id, agent_id[:4], "ops")
+
+        found: list[str] = []
+        cursor = None
+        while True:
+            page = await store.list_frozen(limit=3, cursor=cursor)
+            assert len(page.agents) <= 3
+            found += [agent_id for agent_id, _ in page.agents]
+            assert all(freeze.reason == agent_id[:4] for agent_id, freeze in page.agents)
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+
+        assert found == agents
+        assert (await store.totals()).frozen_agents == 7
+        with pytest.raises(InvalidCursor):
+            await store.list_frozen(limit=3, cursor="x")
+
+
+async def deny_batch(store: SessionStore, session: Session, *tools: str) -> Denied:
+    decision = await store.record(session.session_id, a_batch(*tools))
+    assert isinstance(decision, Denied)
+    return decision
 
 
 def regranted(session: Session, **changes: Any) -> Terms:
@@ -765,7 +1075,7 @@ class TestSweep:
         await sweep(store)
 
         assert await listed(store) == []
-        assert await store.count_active() == 0
+        assert await count_active(store) == 0
         assert await opened(store)
 
 

@@ -25,6 +25,7 @@ from tests.support import (
     a_call,
     a_grant,
     close,
+    count_active,
     create,
     kill,
     opened,
@@ -180,7 +181,7 @@ async def test_caps_and_counts_survive_a_restart(reopen: Reopen, crash: bool) ->
 
     store = await reopen(crash=crash, **limits)
 
-    assert await store.count_active() == await store.count_active_for_agent(AGENT) == 2
+    assert await count_active(store) == await count_active(store, AGENT) == 2
     denied = await create(store, a_grant())
     assert isinstance(denied, Denied)
     assert denied.code is DenialCode.TOO_MANY_SESSIONS

@@ -23,11 +23,21 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.lifecycle import Amendment, Changed, amend, pause, resume
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
 from app.domain.tools import AllowList
-from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.codec import to_text
+from app.store.contract import (
+    ChangeKey,
+    IdempotencyKey,
+    SessionFilter,
+    SessionStore,
+    StoreLimits,
+)
 from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,
@@ -100,10 +110,17 @@ class Model:
     window_start: int = 0
     window_calls: int = 0
     closed: int | None = None
+    limit_end: int | None = None
+    """The deadline, where a change has moved it."""
+    paused: bool = False
+    rev: int = 1
+    changes: dict[str, Amendment] = field(default_factory=dict)
     replays: dict[IdempotencyKey, tuple[Admission, Session]] = field(default_factory=dict)
 
     @property
     def deadline(self) -> int:
+        if self.limit_end is not None:
+            return self.limit_end
         return self.created + self.grant.time_limit_secs * MICROSECONDS
 
     @property
@@ -113,7 +130,9 @@ class Model:
     def status(self, now: int) -> str:
         if self.closed is not None:
             return "closed"
-        return "active" if now < self.deadline else "expired"
+        if now >= self.deadline:
+            return "expired"
+        return "paused" if self.paused else "active"
 
     @property
     def removal(self) -> int:
@@ -124,12 +143,16 @@ class Model:
         entries = self.grant.authorized_tools.entries
         return tool in entries or "*" in entries or ("fs.*" in entries and tool[:3] == "fs.")
 
-    def failed_rules(self, asked: Admission, now: int) -> list[str]:
+    def failed_rules(self, asked: Admission, now: int, *, frozen: bool) -> list[str]:
         """The codes of the rules that fail. The first names the denial."""
         if asked.agent_id not in (None, self.grant.agent_id):
             return ["agent_mismatch"]
-        if self.status(now) != "active":
+        if self.status(now) in ("closed", "expired"):
             return [f"session_{self.status(now)}"]
+        if frozen:
+            return ["agent_frozen"]
+        if self.paused:
+            return ["session_paused"]
         n = len(asked.tool_names)
         if n == 0:
             return []
@@ -169,6 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = self._make()
         self.models: dict[str, Model] = {}
         self.creations: dict[tuple[IdempotencyKey, str], tuple[int, Grant, str]] = {}
+        self.frozen: set[str] = set()
 
     def _make(self) -> SessionStore:
         store: SessionStore = type(self).make_store(LIMITS, self.clock, Path(self.folder.name))
@@ -234,6 +258,10 @@ class StoreMachine(RuleBasedStateMachine):
         now = self.clock.now
         decision = self.run(create(self.store, grant, key))
         known = None if key is None else self.creations.get((key, grant.agent_id))
+        if grant.agent_id in self.frozen:
+            assert isinstance(decision, Denied)
+            assert decision.code.value == "agent_frozen"
+            return multiple()
         if known is not None and now < known[0] + DAY_SECS * MICROSECONDS:
             _, first_grant, first_id = known
             if first_grant != grant:
@@ -244,7 +272,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert decision.replayed
                 assert decision.session.session_id == first_id
             return multiple()
-        if self._active(grant.agent_id) >= CAP:
+        if self._running(grant.agent_id) >= CAP:
             assert isinstance(decision, Denied)
             assert decision.code.value == "too_many_sessions"
             return multiple()
@@ -297,7 +325,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert isinstance(decision, Denied)
             assert decision.code.value == "session_not_found"
             return
-        failed_rules = model.failed_rules(asked, now)
+        frozen = model.grant.agent_id in self.frozen
+        failed_rules = model.failed_rules(asked, now, frozen=frozen)
         unusable = [code for code in failed_rules if code.split("_")[0] in _UNUSABLE]
         if not unusable and key in model.replays:
             first, answer = model.replays[key]
@@ -332,13 +361,83 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert isinstance(outcome, Session)
         model.closed = self.clock.now
+        model.rev += 1
 
     @rule(agent=agents)
     def kill(self, agent: str) -> None:
-        assert self.run(kill(self.store, agent)) == self._active(agent)
+        assert self.run(kill(self.store, agent)) == self._running(agent)
         for model in self._of(agent):
-            if model.status(self.clock.now) == "active":
+            if model.status(self.clock.now) in ("active", "paused"):
                 model.closed = self.clock.now
+                model.rev += 1
+
+    @rule(
+        session_id=sessions,
+        amendment=st.builds(
+            Amendment,
+            add_calls=st.sampled_from([None, 1, 5]),
+            time_limit_secs=st.sampled_from([None, None, 0, 60, 3600]),
+            authorized_tools=st.sampled_from([None, None, (), ("read",), ("fs.*",)]),
+            rate_limit_per_minute=st.sampled_from([UNSET, UNSET, None, 0, 2]),
+            expected_revision=st.sampled_from([None, None, 1, 2]),
+        ),
+        key=st.sampled_from(["1", "2", "3"]),
+    )
+    def amend(self, session_id: str, amendment: Amendment, key: str) -> None:
+        now, model = self.clock.now, self.models.get(session_id)
+        change_key = ChangeKey("ops", key, to_text(amendment))
+        outcome = self.run(self.store.change(session_id, amend(amendment, 10**6), change_key))
+        code = outcome.code.value if isinstance(outcome, Denied) else None
+        if model is None or model.status(now) in ("closed", "expired"):
+            assert code == (
+                "session_not_found" if model is None else f"session_{model.status(now)}"
+            )
+        elif key in model.changes:
+            assert code == (None if model.changes[key] == amendment else "idempotency_conflict")
+            assert code is not None or outcome.replayed  # type: ignore[union-attr]
+        elif amendment.expected_revision not in (None, model.rev):
+            assert code == "revision_conflict"
+        else:
+            assert code is None
+            model.changes[key] = amendment
+            self._amend(model, amendment)
+
+    def _amend(self, model: Model, amendment: Amendment) -> None:
+        before = model.grant
+        limit = amendment.rate_limit_per_minute
+        secs, tools = amendment.time_limit_secs, amendment.authorized_tools
+        model.grant = replace(
+            before,
+            call_budget=before.call_budget + (amendment.add_calls or 0),
+            time_limit_secs=before.time_limit_secs if secs is None else secs,
+            authorized_tools=before.authorized_tools if tools is None else AllowList.of(tools),
+            rate_limit_per_minute=before.rate_limit_per_minute if limit is UNSET else limit,
+        )
+        if model.grant != before:
+            model.rev += 1
+        if model.grant.time_limit_secs != before.time_limit_secs:
+            wanted = model.created + model.grant.time_limit_secs * MICROSECONDS
+            model.limit_end = max(wanted, self.clock.now)
+
+    @rule(session_id=sessions, hold=st.booleans())
+    def pause_or_resume(self, session_id: str, hold: bool) -> None:
+        now, model = self.clock.now, self.models.get(session_id)
+        outcome = self.run(self.store.change(session_id, pause if hold else resume))
+        if model is None or model.status(now) in ("closed", "expired"):
+            assert isinstance(outcome, Denied)
+            return
+        assert isinstance(outcome, Changed)
+        model.rev += model.paused != hold
+        model.paused = hold
+
+    @rule(agent=agents, stop=st.booleans())
+    def freeze_or_unfreeze(self, agent: str, stop: bool) -> None:
+        if stop:
+            self.run(self.store.freeze(agent, "model", "ops"))
+            self.frozen.add(agent)
+        else:
+            self.run(self.store.unfreeze(agent))
+            self.frozen.discard(agent)
 
     @rule(secs=st.sampled_from([0.000001, 0.5, 1, 1, 9.999999, 10, DAY_SECS]))
     def wait(self, secs: float) -> None:
@@ -390,8 +489,11 @@ class StoreMachine(RuleBasedStateMachine):
     def _of(self, agent: str) -> list[Model]:
         return [each for each in self.models.values() if each.grant.agent_id == agent]
 
-    def _active(self, agent: str) -> int:
-        return sum(each.status(self.clock.now) == "active" for each in self._of(agent))
+    def _with(self, agent: str, *statuses: str) -> int:
+        return sum(each.status(self.clock.now) in statuses for each in self._of(agent))
+
+    def _running(self, agent: str) -> int:
+        return self._with(agent, "active", "paused")
 
     @invariant()
     def every_session_matches_the_model(self) -> None:
@@ -399,22 +501,27 @@ class StoreMachine(RuleBasedStateMachine):
             session = self.run(self.store.get(session_id))
             assert session is not None
             assert session.usage.calls_made == model.made <= model.grant.call_budget
+            assert session.grant == model.grant
             assert session.usage.rate_window_start == model.window_start
             assert session.usage.rate_window_calls == model.window_calls
             assert session.status.value == model.status(self.clock.now)
             assert session.terms.expires_at == model.deadline
-            assert session.terms.rev == 1 + (model.closed is not None)
+            assert session.terms.rev == model.rev
 
     @invariant()
     def counts_and_lists_agree(self) -> None:
-        active = self._active(AGENT) + self._active(OTHER_AGENT)
-        assert self.run(self.store.count_active()) == active
+        totals = self.run(self.store.totals())
+        for count, status in ((totals.active, "active"), (totals.paused, "paused")):
+            assert count == self._with(AGENT, status) + self._with(OTHER_AGENT, status)
+        assert totals.frozen_agents == len(self.frozen)
         page = self.run(self.store.list_all(SessionFilter(), limit=500))
         in_order = sorted((each.deadline, id_) for id_, each in self.models.items())
         assert [session.session_id for session in page.sessions] == [id_ for _, id_ in in_order]
         for agent in (AGENT, OTHER_AGENT):
-            count = self.run(self.store.count_active_for_agent(agent))
-            assert count == self._active(agent)
+            state = self.run(self.store.get_agent(agent))
+            assert state.active_sessions == self._with(agent, "active")
+            assert state.paused_sessions == self._with(agent, "paused")
+            assert (state.freeze is not None) == (agent in self.frozen)
             for status in (None, *SessionStatus):
                 page = self.run(self.store.list_all(SessionFilter(agent, status), limit=500))
                 assert {session.session_id for session in page.sessions} == {

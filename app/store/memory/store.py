@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
 
+from sortedcontainers import SortedDict
 from typing_extensions import override
 
 from app.domain.admission import (
@@ -21,34 +22,47 @@ from app.domain.admission import (
     Admission,
     Admitted,
     Denied,
+    agent_frozen,
     check_usable,
     decide,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
-from app.domain.lifecycle import Transition, close
-from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus
+from app.domain.lifecycle import Changed, Transition, check_running, close
+from app.domain.session import (
+    MICROSECONDS,
+    AgentState,
+    ClosedBy,
+    Freeze,
+    Grant,
+    Session,
+    SessionStatus,
+)
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CALLS,
     TOO_MANY_CREATIONS,
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     Page,
     SessionFilter,
     SessionStore,
     StoreLimits,
     Swept,
+    Totals,
 )
-from app.store.cursor import FIRST, Cursor
+from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
 from app.store.memory.index import SessionIndex
 from app.store.memory.sharded import ShardedDict
 
-MAX_SHARED_ADMISSIONS = 1024
+MAX_SHARED_REQUESTS = 1024
 
-_Replays = dict[IdempotencyKey, tuple[Admission, Session]]
+_Replays = dict[IdempotencyKey, tuple[Admission | str, Session]]
+"""What was asked for, an admission or the digest of a change, and the session after it."""
 
 
 _CreationId = tuple[str, str, str]
@@ -71,12 +85,15 @@ class MemoryStore(SessionStore):
         self._sessions: ShardedDict[str, Session] = ShardedDict()
         self._open = SessionIndex()
         self._closed = SessionIndex()
+        self._paused = SessionIndex()
+        """Those of the open ones that are paused."""
+        self._frozen: SortedDict[str, Freeze] = SortedDict()
         # In order of closing. A session closed after its deadline is removed by its deadline,
         # which comes first; its entry here is then skipped.
         self._closings: deque[tuple[int, str]] = deque()
         self._replays: ShardedDict[str, _Replays] = ShardedDict()
         self._remembered_calls = FairShare(limits.max_remembered_calls)
-        self._admissions: dict[Admission, Admission] = {}
+        self._requests: dict[Admission | str, Admission | str] = {}
         self._creations: ShardedDict[_CreationId, _Creation] = ShardedDict()
         self._remembered_creations = FairShare(limits.max_remembered_creations)
         self._forgettings: deque[tuple[int, _CreationId]] = deque()
@@ -105,6 +122,8 @@ class MemoryStore(SessionStore):
         self, grant: Grant, idempotency: CreationKey | None = None
     ) -> Admitted | Denied:
         now = self._clock()
+        if grant.agent_id in self._frozen:
+            return agent_frozen()
         if idempotency is not None:
             known = self._find_creation(grant.agent_id, idempotency, now)
             if known is not None:
@@ -161,15 +180,19 @@ class MemoryStore(SessionStore):
         if session is None:
             return NO_SESSION
         now = self._clock()
+        frozen = bool(self._frozen) and session.terms.grant.agent_id in self._frozen
         if idempotency is not None:
             known = (self._replays.get(session_id) or {}).get(idempotency)
             if known is not None:
-                unusable = check_usable(session, admission.agent_id, now)
+                unusable = check_usable(session, admission.agent_id, now, frozen=frozen)
                 if unusable is not None:
                     return unusable
                 first, answer = known
-                return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
-        decision = decide(session, admission, now)
+                if first != admission:
+                    return KEY_CONFLICT
+                then = Session(session_id, session.terms, answer.usage, answer.as_of)
+                return Admitted(then, replayed=True)
+        decision = decide(session, admission, now, frozen=frozen)
         if isinstance(decision, Admitted) and not dry_run:
             # Repeating an empty batch costs nothing, and its keys would be unbounded.
             if idempotency is not None and admission.tool_names:
@@ -178,42 +201,72 @@ class MemoryStore(SessionStore):
         return decision
 
     def _remember(
-        self, idempotency: IdempotencyKey, admission: Admission, answer: Session
+        self, idempotency: IdempotencyKey, request: Admission | str, answer: Session
     ) -> None:
         remembered = self._remembered_calls
         if not remembered.has_room(idempotency.caller):
             raise SessionLimitReached(TOO_MANY_CALLS)
         remembered.add(idempotency.caller)
-        # Many calls are equal. One object for all of them saves a third of the memory.
-        if len(self._admissions) >= MAX_SHARED_ADMISSIONS:
-            self._admissions.clear()
-        admission = self._admissions.setdefault(admission, admission)
+        # Many requests are equal. One object for all of them saves a third of the memory.
+        if len(self._requests) >= MAX_SHARED_REQUESTS:
+            self._requests.clear()
+        request = self._requests.setdefault(request, request)
         replays = self._replays.get(answer.session_id)
         if replays is None:
             replays = self._replays[answer.session_id] = {}
-        replays[idempotency] = (admission, answer)
+        replays[idempotency] = (request, answer)
 
     @override
-    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+    async def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None = None
+    ) -> Changed | Denied:
         session = self._sessions.get(session_id)
         if session is None:
             return NO_SESSION
-        return self._change(session, transition, self._clock())
+        now = self._clock()
+        if idempotency is None:
+            return self._change(session, transition, now)
+        key = IdempotencyKey(idempotency.caller, idempotency.key)
+        known = (self._replays.get(session_id) or {}).get(key)
+        if known is None:
+            changed = self._change(session, transition, now, (key, idempotency.request))
+        elif (ended := check_running(session, now)) is not None:
+            changed = ended
+        elif known[0] == idempotency.request:
+            changed = Changed(session.at(now), replayed=True)
+        else:
+            changed = KEY_CONFLICT
+        return changed
 
-    def _change(self, session: Session, transition: Transition, now: int) -> Session | Denied:
+    def _change(
+        self,
+        session: Session,
+        transition: Transition,
+        now: int,
+        remember: tuple[IdempotencyKey, str] | None = None,
+    ) -> Changed | Denied:
         terms = transition(session, now)
         if isinstance(terms, Denied):
             return terms
         changed = session.with_terms(terms, now)
-        self._sessions[session.session_id] = changed
-        self._index_of(session).remove(session)
-        self._index_of(changed).add(changed)
-        if terms.closed_at is not None and session.terms.closed_at is None:
-            self._closings.append((terms.closed_at, session.session_id))
-        return changed
+        if remember is not None:
+            self._remember(*remember, changed)
+        if terms is not session.terms:
+            self._sessions[session.session_id] = changed
+            for index in self._indexes_of(session):
+                index.remove(session)
+            for index in self._indexes_of(changed):
+                index.add(changed)
+            if terms.closed_at is not None and session.terms.closed_at is None:
+                self._closings.append((terms.closed_at, session.session_id))
+        return Changed(changed)
 
-    def _index_of(self, session: Session) -> SessionIndex:
-        return self._open if session.terms.closed_at is None else self._closed
+    def _indexes_of(self, session: Session) -> list[SessionIndex]:
+        if session.terms.closed_at is not None:
+            return [self._closed]
+        if session.terms.paused_at is not None:
+            return [self._open, self._paused]
+        return [self._open]
 
     @override
     async def get(self, session_id: str) -> Session | None:
@@ -237,27 +290,59 @@ class MemoryStore(SessionStore):
             return self._closed.after(start, agent_id, None)
         if status is SessionStatus.EXPIRED:
             return self._open.after(start, agent_id, now)
+        alive = max(start, Cursor(now + 1, ""))
+        if status is SessionStatus.PAUSED:
+            return self._paused.after(alive, agent_id, None)
         if status is SessionStatus.ACTIVE:
-            return self._open.after(max(start, Cursor(now + 1, "")), agent_id, None)
+            return (
+                position
+                for position in self._open.after(alive, agent_id, None)
+                if self._sessions[position.session_id].terms.paused_at is None
+            )
         return merge(
             self._open.after(start, agent_id, None), self._closed.after(start, agent_id, None)
         )
 
     @override
-    async def count_active_for_agent(self, agent_id: str) -> int:
-        return self._open.count_alive_of(agent_id, self._clock())
+    async def get_agent(self, agent_id: str) -> AgentState:
+        now = self._clock()
+        paused = self._paused.count_alive_of(agent_id, now)
+        active = self._open.count_alive_of(agent_id, now) - paused
+        return AgentState(active, paused, self._frozen.get(agent_id))
 
     @override
-    async def count_active(self) -> int:
-        return self._open.count_alive(self._clock())
+    async def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
+        before = self._frozen.get(agent_id)
+        if before is None:
+            self._frozen[agent_id] = Freeze(self._clock(), reason, actor)
+        else:
+            self._frozen[agent_id] = Freeze(before.frozen_at, reason, before.by)
+        return await self.get_agent(agent_id)
+
+    @override
+    async def unfreeze(self, agent_id: str) -> AgentState:
+        self._frozen.pop(agent_id, None)
+        return await self.get_agent(agent_id)
+
+    @override
+    async def list_frozen(self, *, limit: int, cursor: str | None = None) -> FrozenAgents:
+        after = decode_agent(cursor)
+        some = list(islice(self._frozen.irange(after, None, (False, True)), limit + 1))
+        return frozen_page([(agent_id, self._frozen[agent_id]) for agent_id in some], limit)
+
+    @override
+    async def totals(self) -> Totals:
+        now = self._clock()
+        paused = self._paused.count_alive(now)
+        return Totals(self._open.count_alive(now) - paused, paused, len(self._frozen))
 
     @override
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         now, transition = self._clock(), close(ClosedBy(actor, kill_switch=True))
-        active = list(self._listed(SessionFilter(agent_id, SessionStatus.ACTIVE), FIRST, now))
-        for position in active:
+        running = list(self._open.after(Cursor(now + 1, ""), agent_id, None))
+        for position in running:
             self._change(self._sessions[position.session_id], transition, now)
-        return [position.session_id for position in active]
+        return [position.session_id for position in running]
 
     @override
     async def cleanup_expired(self, limit: int) -> Swept:
@@ -269,7 +354,9 @@ class MemoryStore(SessionStore):
             session_id, index = due
             left -= self._forget_replays(session_id, left)
             if left > 0:
-                index.remove(self._sessions.pop(session_id))
+                session = self._sessions.pop(session_id)
+                for each in self._indexes_of(session):
+                    each.remove(session)
                 removed[index] += 1
                 left -= 1
         while left > 0 and self._forgettings and self._forgettings[0][0] <= now:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import uuid
 from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 
 from app.store.contract import CreationKey, IdempotencyKey
 
 LAYOUT = "arbiter:layout"
-LAYOUT_VERSION = "2"
+LAYOUT_VERSION = "3"
 OLD_LAYOUT = "arbiter:{index}:sessions"
 """Exists where the first layout, which had no version, holds sessions."""
 
@@ -51,16 +52,27 @@ def session_keys(session_id: str) -> tuple[str, str, str]:
     return f"{start}clock", f"{start}session:{session_id}", f"{start}replays:{session_id}"
 
 
-def agent_keys(agent_id: str) -> tuple[str, str, str]:
-    """The cell's clock, and the agent's open and closed sessions by deadline."""
+class IndexKeys(NamedTuple):
+    """The cell's clock, and sessions by deadline: of the cell or of an agent in it."""
+
+    clock: str
+    open: str
+    paused: str
+    """Those of the open ones that are paused."""
+    closed: str
+
+
+def agent_keys(agent_id: str) -> IndexKeys:
+    """The indexes of an agent."""
     start = prefix(cell_of_agent(agent_id))
-    return f"{start}clock", f"{start}open:{agent_id}", f"{start}closed:{agent_id}"
+    names = (f"{start}{index}:{agent_id}" for index in IndexKeys._fields[1:])
+    return IndexKeys(f"{start}clock", *names)
 
 
-def cell_keys(cell: str) -> tuple[str, str, str]:
-    """The cell's clock, and its open and closed sessions by deadline."""
+def cell_keys(cell: str) -> IndexKeys:
+    """The indexes of a cell."""
     start = prefix(cell)
-    return f"{start}clock", f"{start}open", f"{start}closed"
+    return IndexKeys(*(f"{start}{name}" for name in IndexKeys._fields))
 
 
 def creation_key(agent_id: str, idempotency: CreationKey | None) -> str:

@@ -12,21 +12,30 @@ from app.domain.admission import (
     Admission,
     Admitted,
     Denied,
+    agent_frozen,
     check_usable,
     denial,
     violation,
 )
 from app.domain.advice import DenialCode
-from app.domain.session import MICROSECONDS, Grant, Session, Terms, Usage
+from app.domain.session import (
+    MICROSECONDS,
+    AgentState,
+    Freeze,
+    Grant,
+    Session,
+    Terms,
+    Usage,
+)
 from app.store.codec import to_closed_by, to_grant, to_text
 
 TERMS_KEPT = 16_384
 """Sessions whose terms are cached."""
 
-_TERMS = struct.Struct(">8d")
+_TERMS = struct.Struct(">9d")
 _USAGE = struct.Struct(">4d")
 _NONE = -1.0
-"""Stands for no rate limit, and for a session that is not closed."""
+"""Stands for no rate limit, and for a session that is not closed or not paused."""
 
 
 def pack_terms(terms: Terms) -> tuple[bytes, str]:
@@ -41,6 +50,7 @@ def pack_terms(terms: Terms) -> tuple[bytes, str]:
         _NONE if grant.rate_limit_per_minute is None else grant.rate_limit_per_minute,
         grant.rate_limit_window_secs * MICROSECONDS,
         grant.data_sensitivity_ceiling.rank,
+        _NONE if terms.paused_at is None else terms.paused_at,
     )
     patterns = " ".join(tool for tool in grant.authorized_tools.entries if "*" in tool)
     return numbers + f"{grant.agent_id}{patterns}".encode(), to_text(grant)
@@ -80,11 +90,18 @@ class TermsCache:
             return None
         _, _, packed_usage, packed, grant, by = reply[:6]
         if packed:
-            created, expires, closed, rev, *_ = _TERMS.unpack_from(packed)
+            created, expires, closed, rev, *_, paused = _TERMS.unpack_from(packed)
             closed_at = None if closed == _NONE else int(closed)
+            paused_at = None if paused == _NONE else int(paused)
             closed_by = to_closed_by(by) if by else None
             known = Terms(
-                to_grant(grant), int(created), int(expires), closed_at, int(rev), closed_by
+                to_grant(grant),
+                int(created),
+                int(expires),
+                closed_at,
+                int(rev),
+                closed_by,
+                paused_at,
             )
             self.keep(session_id, known)
         assert known is not None  # noqa: S101 - the script sent what was not known
@@ -103,7 +120,8 @@ def decision(
         return NO_SESSION
     if outcome in {"admitted", "replayed"}:
         return Admitted(session, replayed=outcome == "replayed")
-    unusable = check_usable(session, admission.agent_id, session.as_of)
+    frozen = outcome == DenialCode.AGENT_FROZEN.value
+    unusable = check_usable(session, admission.agent_id, session.as_of, frozen=frozen)
     if unusable is not None:
         return unusable
     codes, positions = reply[6:]
@@ -114,11 +132,27 @@ def decision(
     return denial(session, calls, violations)
 
 
+def freeze(text: bytes) -> Freeze | None:
+    """The freeze of an agent as the scripts keep it, `None` if it is empty."""
+    if not text:
+        return None
+    frozen_at, by, reason = text.decode().split("|", 2)
+    return Freeze(int(frozen_at), reason, by)
+
+
+def agent(reply: list[Any]) -> AgentState:
+    """What `agent.lua` returned."""
+    running, paused, text = reply
+    return AgentState(running - paused, paused, freeze(text))
+
+
 def creation(reply: list[Any]) -> Admitted | Denied | None:
     """What was answered to an earlier creation with the same key, if there was one."""
     outcome = reply[0]
     if outcome == b"conflict":
         return KEY_CONFLICT
+    if outcome == b"frozen":
+        return agent_frozen()
     if outcome != b"replayed":
         return None
     session_id, created_at, grant = reply[1:]

@@ -18,12 +18,14 @@ class Script:
 
 
 ADMIT = Script("admit", "prelude")
+AGENT = Script("agent", "prelude")
 CHANGE = Script("change", "prelude")
 CLOSE_AGENT = Script("close_agent", "prelude")
 COUNT = Script("count", "prelude")
 CREATE = Script("create", "prelude")
 DUE = Script("due", "prelude")
 FIND_CREATION = Script("find_creation", "prelude")
+FROZEN = Script("frozen", "prelude")
 LAYOUT = Script("layout")
 PAGE = Script("page", "prelude")
 READ = Script("read", "prelude")

@@ -19,6 +19,7 @@ from typing import Any
 from typing_extensions import override
 
 from app.domain.admission import (
+    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
@@ -26,27 +27,39 @@ from app.domain.admission import (
     too_many_sessions,
 )
 from app.domain.errors import (
+    ArbiterError,
     SessionLimitReached,
     StoreUnavailable,
     StoreUnreachable,
     StoreUnusable,
 )
-from app.domain.lifecycle import Transition
-from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus, Terms
+from app.domain.lifecycle import Changed, Transition, check_running
+from app.domain.session import (
+    MICROSECONDS,
+    AgentState,
+    ClosedBy,
+    Grant,
+    Session,
+    SessionStatus,
+    Terms,
+)
 from app.store.clock import Clock
 from app.store.codec import to_text
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     Page,
     SessionFilter,
     SessionStore,
     StoreLimits,
     Swept,
+    Totals,
 )
-from app.store.cursor import FIRST, Cursor
+from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
 from app.store.redis import keys, replies, scripts
 from app.store.redis.client import ScriptClient, Step
@@ -156,7 +169,7 @@ class RedisStore(SessionStore):
             (
                 clock,
                 session_key,
-                keys.agent_keys(grant.agent_id)[1],
+                keys.agent_keys(grant.agent_id).open,
                 keys.creation_key(grant.agent_id, idempotency),
             ),
             session_id,
@@ -170,6 +183,7 @@ class RedisStore(SessionStore):
             "" if idempotency is None else idempotency.request,
             caller,
             CREATION_REPLAY_SECS * MICROSECONDS,
+            grant.agent_id,
             *replies.exact_tools(grant),
         )
         known = replies.creation(reply)
@@ -193,7 +207,7 @@ class RedisStore(SessionStore):
     async def find_creation(
         self, agent_id: str, idempotency: CreationKey
     ) -> Admitted | Denied | None:
-        in_cell = keys.agent_keys(agent_id)[0], keys.creation_key(agent_id, idempotency)
+        in_cell = keys.agent_keys(agent_id).clock, keys.creation_key(agent_id, idempotency)
         return replies.creation(
             await self._run(scripts.FIND_CREATION, in_cell, idempotency.request)
         )
@@ -224,33 +238,60 @@ class RedisStore(SessionStore):
         return replies.decision(reply, session, admission)
 
     @override
-    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
-        in_cell = keys.session_keys(session_id)[:2]
+    async def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None = None
+    ) -> Changed | Denied:
         for _ in range(MOST_ATTEMPTS):
             session = await self._read_unchanged(session_id)
             if session is None:
                 return NO_SESSION
-            terms = transition(session, session.as_of)
-            if isinstance(terms, Denied):
-                return terms
-            packed, text = replies.pack_terms(terms)
-            reply = await self._run(
-                scripts.CHANGE,
-                in_cell,
-                session_id,
-                session.terms.rev,
-                packed,
-                text,
-                self._limits.retention_secs * 1000,
-                "" if terms.closed_by is None else to_text(terms.closed_by),
-                *replies.exact_tools(terms.grant),
-            )
-            if reply[0] == b"changed":
-                self._terms.keep(session_id, terms)
-                usage, _ = replies.unpack_usage(reply[1])
-                return Session(session_id, terms, usage, session.as_of)
+            new, refusal = _apply(transition, session)
+            if idempotency is None and (refusal or new is session.terms):
+                return _refuse(refusal) if refusal else Changed(session)
+            # A change is refused only if its key is not known.
+            reply = await self._swap(session, new, idempotency, only_look=bool(refusal))
+            match reply[0]:
+                case b"known":
+                    return self._repeated(session, same=reply[1] == 1)
+                case b"changed":
+                    self._terms.keep(session_id, new)
+                    usage, _ = replies.unpack_usage(reply[1])
+                    return Changed(Session(session_id, new, usage, session.as_of))
+                case b"moved" if refusal:
+                    return _refuse(refusal)
         # Each attempt was refused.
         raise StoreUnreachable
+
+    async def _swap(
+        self, session: Session, terms: Terms, idempotency: ChangeKey | None, *, only_look: bool
+    ) -> list[Any]:
+        """Replace the terms that the session has. With `only_look`, see only whether the key is
+        known."""
+        packed, text = replies.pack_terms(terms)
+        field, request = "", ""
+        if idempotency is not None:
+            field = keys.replay_field(IdempotencyKey(*idempotency[:2]))
+            request = idempotency.request
+        reply: list[Any] = await self._run(
+            scripts.CHANGE,
+            keys.session_keys(session.session_id),
+            session.session_id,
+            0 if only_look else session.terms.rev,
+            packed,
+            text,
+            self._limits.retention_secs * 1000,
+            "" if terms.closed_by is None else to_text(terms.closed_by),
+            field,
+            request,
+            *replies.exact_tools(terms.grant),
+        )
+        return reply
+
+    def _repeated(self, session: Session, *, same: bool) -> Changed | Denied:
+        ended = check_running(session, session.as_of)
+        if ended is not None:
+            return ended
+        return Changed(session, replayed=True) if same else KEY_CONFLICT
 
     async def _read_unchanged(self, session_id: str) -> Session | None:
         try:
@@ -301,13 +342,44 @@ class RedisStore(SessionStore):
         return all_closed
 
     @override
-    async def count_active_for_agent(self, agent_id: str) -> int:
-        return int(await self._run(scripts.COUNT, keys.agent_keys(agent_id)[:2]))
+    async def get_agent(self, agent_id: str) -> AgentState:
+        return await self._agent(agent_id, "read")
 
     @override
-    async def count_active(self) -> int:
-        steps = [self._step(scripts.COUNT, keys.cell_keys(cell)[:2]) for cell in keys.CELLS]
-        return sum(await self._client.submit_all(steps))
+    async def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
+        return await self._agent(agent_id, "freeze", actor, reason)
+
+    @override
+    async def unfreeze(self, agent_id: str) -> AgentState:
+        return await self._agent(agent_id, "unfreeze")
+
+    async def _agent(
+        self, agent_id: str, verb: str, actor: str = "", reason: str = ""
+    ) -> AgentState:
+        in_cell = keys.agent_keys(agent_id)[:3]
+        return replies.agent(
+            await self._run(scripts.AGENT, in_cell, agent_id, verb, actor, reason)
+        )
+
+    @override
+    async def list_frozen(self, *, limit: int, cursor: str | None = None) -> FrozenAgents:
+        after = decode_agent(cursor)
+        steps = [self._step(scripts.FROZEN, keys.cell_keys(cell)[:1]) for cell in keys.CELLS]
+        found = []
+        for told in await self._client.submit_all(steps):
+            for agent_id, text in zip(told[::2], told[1::2], strict=True):
+                freeze = replies.freeze(text)
+                if freeze is not None and agent_id.decode() > after:
+                    found.append((agent_id.decode(), freeze))
+        found.sort(key=lambda each: each[0])
+        return frozen_page(found[: limit + 1], limit)
+
+    @override
+    async def totals(self) -> Totals:
+        steps = [self._step(scripts.COUNT, keys.cell_keys(cell)[:3]) for cell in keys.CELLS]
+        found = await self._client.submit_all(steps)
+        running, paused, frozen = map(sum, zip(*found, strict=True))
+        return Totals(running - paused, paused, frozen)
 
     @override
     async def list_all(
@@ -354,12 +426,15 @@ class RedisStore(SessionStore):
 
     def _index_keys(self, cell: str, which: SessionFilter) -> tuple[str, ...]:
         agent_id, status = which
-        clock, opened, closed = (
-            keys.cell_keys(cell) if agent_id is None else keys.agent_keys(agent_id)
-        )
-        if status is None:
-            return clock, opened, closed
-        return clock, closed if status is SessionStatus.CLOSED else opened
+        index = keys.cell_keys(cell) if agent_id is None else keys.agent_keys(agent_id)
+        match status:
+            case None:
+                return index.clock, index.open, index.closed
+            case SessionStatus.CLOSED:
+                return index.clock, index.closed
+            case SessionStatus.PAUSED:
+                return index.clock, index.paused
+        return index.clock, index.open
 
     async def _survey(self) -> None:
         """Find out how much all cells hold, and how much of it is due to be removed."""
@@ -418,6 +493,23 @@ class RedisStore(SessionStore):
             # Who has room now, and what fell due since the last survey.
             await self._survey()
         return Swept(expired_ones, closed_ones, more=bool(self._due))
+
+
+def _apply(
+    transition: Transition, session: Session
+) -> tuple[Terms, Denied | ArbiterError | None]:
+    """The terms after a transition, or those before and why it is refused."""
+    try:
+        terms = transition(session, session.as_of)
+    except ArbiterError as error:
+        return session.terms, error
+    return (session.terms, terms) if isinstance(terms, Denied) else (terms, None)
+
+
+def _refuse(refusal: Denied | ArbiterError) -> Denied:
+    if isinstance(refusal, ArbiterError):
+        raise refusal
+    return refusal
 
 
 def _cursors(told: list[bytes]) -> list[Cursor]:

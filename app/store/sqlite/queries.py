@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import astuple, replace
 
-from app.domain.admission import Admission
-from app.domain.session import ClosedBy, Grant, Session, Terms, Usage
-from app.store.codec import to_admission, to_closed_by, to_grant, to_text
+from app.domain.session import ClosedBy, Freeze, Grant, Session, Terms, Usage
+from app.store.codec import to_closed_by, to_grant, to_text
 from app.store.contract import CreationKey, IdempotencyKey
 from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
@@ -25,9 +24,22 @@ GRANTS_KEPT = 16_384
 
 _COUNTERS = "calls_made, rate_window_start, rate_window_calls"
 _SESSION = (
-    f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision, closed_by"
+    f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision, closed_by,"
+    " paused_at"
 )
+_FREEZE = "frozen_at, reason, by"
 _OPEN, _CLOSED = "closed_at IS NULL", "closed_at IS NOT NULL"
+_COUNT = "SELECT count(*) FROM sessions"
+_PAUSED = f"paused_at IS NOT NULL AND {_OPEN}"
+
+
+Kind = Literal["open", "paused", "active", "closed"]
+_KINDS: dict[Kind, str] = {
+    "open": _OPEN,
+    "paused": _PAUSED,
+    "active": f"{_OPEN} AND paused_at IS NULL",
+    "closed": _CLOSED,
+}
 
 
 class Found(NamedTuple):
@@ -35,6 +47,8 @@ class Found(NamedTuple):
 
     row_id: int
     session: Session
+    frozen: bool
+    """Whether its agent is frozen."""
 
 
 class Due(NamedTuple):
@@ -67,14 +81,18 @@ class Queries:
     def find(self, session_id: str, now: int) -> Found | None:
         """The session as of `now`, or `None` if it does not exist."""
         row = self._db.execute(_FIND, (session_id,)).fetchone()
-        return None if row is None else self._found(row, now)
+        if row is None:
+            return None
+        *fields, frozen = row
+        return Found(row[0], self._session(fields, now), bool(frozen))
 
-    def _found(self, row: Any, now: int) -> Found:
-        row_id, session_id, created_at, expires_at, made, start, calls, closed_at, rev, by = row
+    def _session(self, row: Sequence[Any], now: int) -> Session:
+        row_id, session_id, created_at, expires_at, made, start, calls, *terms_fields = row
+        closed_at, rev, by, paused_at = terms_fields
         grant = self._grant(session_id, row_id, rev)
         closed_by = None if by is None else to_closed_by(by)
-        terms = Terms(grant, created_at, expires_at, closed_at, rev, closed_by)
-        return Found(row_id, Session(session_id, terms, Usage(made, start, calls), now))
+        terms = Terms(grant, created_at, expires_at, closed_at, rev, closed_by, paused_at)
+        return Session(session_id, terms, Usage(made, start, calls), now)
 
     def _grant(self, session_id: str, row_id: int, rev: int) -> Grant:
         known = self._grants.get(session_id)
@@ -89,7 +107,7 @@ class Queries:
     def insert(self, session: Session) -> None:
         """Insert a new session."""
         row_id = self._db.execute(
-            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1, NULL)",
+            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1, NULL, NULL)",
             (
                 session.session_id,
                 session.grant.agent_id,
@@ -113,12 +131,13 @@ class Queries:
         """Replace the terms of a session."""
         # The table refuses calls past the budget, but a budget may be lowered below them.
         self._db.execute(
-            "UPDATE sessions SET expires_at = ?, closed_at = ?, closed_by = ?, revision = ?,"
-            " call_budget = max(?, calls_made) WHERE id = ?",
+            "UPDATE sessions SET expires_at = ?, closed_at = ?, closed_by = ?, paused_at = ?,"
+            " revision = ?, call_budget = max(?, calls_made) WHERE id = ?",
             (
                 after.expires_at,
                 after.closed_at,
                 None if after.closed_by is None else to_text(after.closed_by),
+                after.paused_at,
                 after.rev,
                 after.grant.call_budget,
                 row_id,
@@ -129,8 +148,8 @@ class Queries:
                 "UPDATE grants SET terms = ? WHERE id = ?", (to_text(after.grant), row_id)
             )
 
-    def close_active_of(self, agent_id: str, now: int, by: ClosedBy) -> list[str]:
-        """Close the active sessions of an agent. Return their ids."""
+    def close_running_of(self, agent_id: str, now: int, by: ClosedBy) -> list[str]:
+        """Close the active and paused sessions of an agent. Return their ids."""
         closed = self._db.execute(
             "UPDATE sessions SET closed_at = ?, closed_by = ?, revision = revision + 1"
             f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ? RETURNING session_id",
@@ -148,22 +167,32 @@ class Queries:
 
     def count_sessions(self) -> int:
         """The number of sessions, found by a scan."""
-        return self._number("SELECT count(*) FROM sessions")
+        return self._number(_COUNT)
 
     def count_open(self) -> int:
         """The number of sessions that are not closed, found by a scan."""
-        return self._number(f"SELECT count(*) FROM sessions WHERE {_OPEN}")
+        return self._number(f"{_COUNT} WHERE {_OPEN}")
 
     def count_expired(self, now: int) -> int:
         """The number of sessions that expired without being closed, counted one by one."""
+        return self._number(f"{_COUNT} WHERE {_OPEN} AND expires_at <= ?", now)
+
+    def count_running_of(self, agent_id: str, now: int) -> int:
+        """The number of active and paused sessions of an agent, counted one by one."""
         return self._number(
-            f"SELECT count(*) FROM sessions WHERE {_OPEN} AND expires_at <= ?", now
+            f"{_COUNT} WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
+            agent_id,
+            now,
         )
 
-    def count_active_of(self, agent_id: str, now: int) -> int:
-        """The number of active sessions of an agent, counted one by one."""
+    def count_paused(self, now: int) -> int:
+        """The number of paused sessions, counted one by one."""
+        return self._number(f"{_COUNT} WHERE {_PAUSED} AND expires_at > ?", now)
+
+    def count_paused_of(self, agent_id: str, now: int) -> int:
+        """The number of paused sessions of an agent, counted one by one."""
         return self._number(
-            f"SELECT count(*) FROM sessions WHERE {_OPEN} AND agent_id = ? AND expires_at > ?",
+            f"{_COUNT} WHERE {_PAUSED} AND agent_id = ? AND expires_at > ?",
             agent_id,
             now,
         )
@@ -180,7 +209,7 @@ class Queries:
     def page(
         self,
         *,
-        closed: bool,
+        which: Kind,
         after: Cursor,
         until: int | None,
         agent_id: str | None,
@@ -188,8 +217,8 @@ class Queries:
         now: int,
     ) -> list[Session]:
         """At most `limit` sessions in order of deadline, after the position `after` and with
-        deadlines of at most `until`: the closed ones, or the others."""
-        where = f"{_CLOSED if closed else _OPEN} AND (expires_at, session_id) > (?, ?)"
+        deadlines of at most `until`."""
+        where = f"{_KINDS[which]} AND (expires_at, session_id) > (?, ?)"
         arguments: list[Any] = [*after]
         if until is not None:
             where += " AND expires_at <= ?"
@@ -202,7 +231,7 @@ class Queries:
             " ORDER BY expires_at, session_id LIMIT ?",
             (*arguments, limit),
         )
-        return [self._found(row, now).session for row in rows.fetchall()]
+        return [self._session(row, now) for row in rows.fetchall()]
 
     def due(self, cutoff: int, limit: int) -> Iterator[Due]:
         """Sessions that ended at or before `cutoff`. Each query fetches at most `limit`."""
@@ -223,10 +252,9 @@ class Queries:
 
     # Idempotency
 
-    def replay(
-        self, found: Found, idempotency: IdempotencyKey
-    ) -> tuple[Admission, Session] | None:
-        """The admission remembered with this key and the session after it, or `None`."""
+    def replay(self, found: Found, idempotency: IdempotencyKey) -> tuple[str, Session] | None:
+        """The request remembered with this key, as text, and the session with its usage after
+        it, or `None`."""
         row = self._db.execute(
             f"SELECT admission, as_of, {_COUNTERS} FROM replays"
             " WHERE id = ? AND caller = ? AND key = ?",
@@ -234,20 +262,20 @@ class Queries:
         ).fetchone()
         if row is None:
             return None
-        admission, as_of, made, window_start, window_calls = row
+        request, as_of, made, window_start, window_calls = row
         usage = Usage(made, window_start, window_calls)
-        return to_admission(admission), replace(found.session, as_of=as_of, usage=usage)
+        return request, replace(found.session, as_of=as_of, usage=usage)
 
     def remember(
-        self, row_id: int, idempotency: IdempotencyKey, admission: Admission, session: Session
+        self, row_id: int, idempotency: IdempotencyKey, request: str, session: Session
     ) -> None:
-        """Remember an admission and the session after it."""
+        """Remember a request and the usage of the session after it."""
         self._db.execute(
             "INSERT INTO replays VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 row_id,
                 *idempotency,
-                to_text(admission),
+                request,
                 session.as_of,
                 *astuple(session.usage),
             ),
@@ -308,6 +336,40 @@ class Queries:
         )
         return [caller for (caller,) in dropped]
 
+    # Agents
+
+    def freeze_of(self, agent_id: str) -> Freeze | None:
+        """The freeze of an agent, or `None`."""
+        row = self._db.execute(
+            f"SELECT {_FREEZE} FROM frozen_agents WHERE agent_id = ?", (agent_id,)
+        ).fetchone()
+        return None if row is None else Freeze(*row)
+
+    def freeze(self, agent_id: str, freeze: Freeze) -> None:
+        """Freeze an agent. If it is frozen already, only the reason changes."""
+        self._db.execute(
+            "INSERT INTO frozen_agents VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET reason = excluded.reason",
+            (agent_id, *astuple(freeze)),
+        )
+
+    def unfreeze(self, agent_id: str) -> None:
+        """Lift the freeze of an agent."""
+        self._db.execute("DELETE FROM frozen_agents WHERE agent_id = ?", (agent_id,))
+
+    def count_frozen(self) -> int:
+        """The number of frozen agents, counted one by one."""
+        return self._number("SELECT count(*) FROM frozen_agents")
+
+    def frozen(self, after: str, limit: int) -> list[tuple[str, Freeze]]:
+        """At most `limit` frozen agents whose ids come after `after`, in order."""
+        rows = self._db.execute(
+            f"SELECT agent_id, {_FREEZE} FROM frozen_agents WHERE agent_id > ?"
+            " ORDER BY agent_id LIMIT ?",
+            (after, limit),
+        )
+        return [(agent_id, Freeze(*freeze)) for agent_id, *freeze in rows]
+
     # The clock
 
     def reserved_until(self) -> int:
@@ -319,4 +381,8 @@ class Queries:
         self._db.execute("UPDATE clock SET reserved_until = ?", (until,))
 
 
-_FIND = f"SELECT {_SESSION} FROM sessions WHERE session_id = ?"
+_FIND = (
+    f"SELECT {_SESSION}, EXISTS"
+    " (SELECT 1 FROM frozen_agents WHERE frozen_agents.agent_id = sessions.agent_id)"
+    " FROM sessions WHERE session_id = ?"
+)

@@ -92,10 +92,24 @@ ALTER TABLE new_creations RENAME TO creations;
 CREATE INDEX forgettings ON creations (forget_at);
 """
 
-# Who closed a session and how, as JSON.
-_CLOSERS = "ALTER TABLE sessions ADD COLUMN closed_by TEXT;"
+# Who closed a session and how, as JSON; paused sessions; frozen agents. What a replay's
+# `admission` holds can also be the digest of a change.
+_CHANGES = """
+ALTER TABLE sessions ADD COLUMN closed_by TEXT;
+ALTER TABLE sessions ADD COLUMN paused_at INTEGER;
+CREATE INDEX paused_by_deadline ON sessions (expires_at, session_id)
+    WHERE paused_at IS NOT NULL AND closed_at IS NULL;
+CREATE INDEX paused_by_agent ON sessions (agent_id, expires_at, session_id)
+    WHERE paused_at IS NOT NULL AND closed_at IS NULL;
+CREATE TABLE frozen_agents (
+    agent_id TEXT PRIMARY KEY,
+    frozen_at INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    by TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
 
-MIGRATIONS = (_TABLES, _REVISIONS, _CLOSERS)
+MIGRATIONS = (_TABLES, _REVISIONS, _CHANGES)
 """Scripts in order. The version of a file is the number of scripts applied to it."""
 
 

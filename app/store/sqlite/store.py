@@ -19,13 +19,19 @@ import msgspec
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
-from app.domain.errors import SessionLimitReached, StoreUnavailable, StoreUnreachable
-from app.domain.lifecycle import Transition
-from app.domain.session import Grant, Session
+from app.domain.errors import (
+    ArbiterError,
+    StoreUnavailable,
+    StoreUnreachable,
+)
+from app.domain.lifecycle import Changed, Transition
+from app.domain.session import AgentState, Grant, Session
 from app.store.availability import Availability
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     InvalidCursor,
     Page,
@@ -33,6 +39,7 @@ from app.store.contract import (
     SessionStore,
     StoreLimits,
     Swept,
+    Totals,
 )
 from app.store.sqlite.file import DAMAGED, DatabaseFile, Location, explained, reason
 from app.store.sqlite.group_commit import GroupCommit, Job
@@ -42,6 +49,10 @@ FAR_AHEAD_SECS = 5
 """More than a crash or two can explain: the wall clock was set back."""
 
 _log = logging.getLogger("arbiter.store")
+
+
+_UNWRITTEN = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE"})
+"""Errors of a COMMIT that was not written whole."""
 
 
 class SqliteStore(SessionStore):
@@ -92,7 +103,8 @@ class SqliteStore(SessionStore):
     def _commit(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """Run the jobs in one transaction and return their outcomes. If it fails, no job has
         changed anything and every outcome is an error. A COMMIT that fails is undone too, but
-        if the machine stops before the next one, it can turn out to be in the file."""
+        if it was written whole and the machine stops before the next one, it can turn out to
+        be in the file."""
         outcomes: list[Any] = []
         is_committing = False
         try:
@@ -104,7 +116,9 @@ class SqliteStore(SessionStore):
                 is_committing = True
         except (sqlite3.Error, OSError) as error:
             self._availability.failed(reason(error))
-            failure = StoreUnavailable if is_committing else StoreUnreachable
+            unwritten = getattr(error, "sqlite_errorname", "") in _UNWRITTEN
+            certain = unwritten or not is_committing
+            failure = StoreUnreachable if certain else StoreUnavailable
             return [failure() for _ in jobs]
         except Exception as defect:  # noqa: BLE001 - raised where the job was submitted
             met_in = len(outcomes)
@@ -117,7 +131,7 @@ class SqliteStore(SessionStore):
         # These are raised before anything is written, so the rest of the group continues.
         try:
             return job()
-        except (SessionLimitReached, InvalidCursor) as refusal:
+        except (ArbiterError, InvalidCursor) as refusal:
             return refusal
         except msgspec.MsgspecError:
             self._availability.failed(DAMAGED)
@@ -158,9 +172,11 @@ class SqliteStore(SessionStore):
         )
 
     @override
-    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+    async def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None = None
+    ) -> Changed | Denied:
         return await self._commits.submit(
-            lambda: self._transactions.change(session_id, transition)
+            lambda: self._transactions.change(session_id, transition, idempotency)
         )
 
     @override
@@ -176,14 +192,26 @@ class SqliteStore(SessionStore):
         )
 
     @override
-    async def count_active_for_agent(self, agent_id: str) -> int:
+    async def get_agent(self, agent_id: str) -> AgentState:
+        return await self._commits.submit(lambda: self._transactions.get_agent(agent_id))
+
+    @override
+    async def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
         return await self._commits.submit(
-            lambda: self._transactions.count_active_for_agent(agent_id)
+            lambda: self._transactions.freeze(agent_id, reason, actor)
         )
 
     @override
-    async def count_active(self) -> int:
-        return await self._commits.submit(self._transactions.count_active)
+    async def unfreeze(self, agent_id: str) -> AgentState:
+        return await self._commits.submit(lambda: self._transactions.unfreeze(agent_id))
+
+    @override
+    async def list_frozen(self, *, limit: int, cursor: str | None = None) -> FrozenAgents:
+        return await self._commits.submit(lambda: self._transactions.list_frozen(limit, cursor))
+
+    @override
+    async def totals(self) -> Totals:
+        return await self._commits.submit(self._transactions.totals)
 
     @override
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:

@@ -15,27 +15,40 @@ from app.domain.admission import (
     Admission,
     Admitted,
     Denied,
+    agent_frozen,
     check_usable,
     decide,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
-from app.domain.lifecycle import Transition
-from app.domain.session import MICROSECONDS, ClosedBy, Grant, Session, SessionStatus
+from app.domain.lifecycle import Changed, Transition, check_running
+from app.domain.session import (
+    MICROSECONDS,
+    AgentState,
+    ClosedBy,
+    Freeze,
+    Grant,
+    Session,
+    SessionStatus,
+)
 from app.store.clock import Clock
+from app.store.codec import to_text
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     Page,
     SessionFilter,
     StoreLimits,
     Swept,
+    Totals,
 )
-from app.store.cursor import FIRST, Cursor
+from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
-from app.store.sqlite.queries import Creation, Queries
+from app.store.sqlite.queries import Creation, Found, Kind, Queries
 
 RESERVED_SECS = 1
 """How far ahead of the clock to reserve time in the file, and the least time between writes."""
@@ -122,6 +135,8 @@ class Transactions:
     def create(self, grant: Grant, idempotency: CreationKey | None) -> Admitted | Denied:
         """See `SessionStore.create`."""
         now, known = self.now(), None
+        if self._queries.freeze_of(grant.agent_id) is not None:
+            return agent_frozen()
         if idempotency is not None:
             known = self._queries.creation(grant.agent_id, idempotency)
             if known is not None and now < known.forget_at:
@@ -132,9 +147,9 @@ class Transactions:
             raise SessionLimitReached(TOO_MANY_CREATIONS)
         cap = self._limits.max_active_sessions_per_agent
         if cap is not None:
-            active = self._queries.count_active_of(grant.agent_id, now)
-            if active >= cap:
-                return too_many_sessions(cap, active)
+            running = self._queries.count_running_of(grant.agent_id, now)
+            if running >= cap:
+                return too_many_sessions(cap, running)
         session = Session.opened(str(uuid.uuid4()), grant, now)
         self._queries.insert(session)
         self._count(sessions=1, opened=1)
@@ -168,34 +183,57 @@ class Transactions:
         found = self._queries.find(session_id, now)
         if found is None:
             return NO_SESSION
-        row_id, session = found
+        row_id, session, frozen = found
         known = None if idempotency is None else self._queries.replay(found, idempotency)
         if known is not None:
             first, answer = known
-            if (unusable := check_usable(session, admission.agent_id, now)) is not None:
+            unusable = check_usable(session, admission.agent_id, now, frozen=frozen)
+            if unusable is not None:
                 return unusable
-            return Admitted(answer, replayed=True) if first == admission else KEY_CONFLICT
-        decision = decide(session, admission, now)
+            same = first == to_text(admission)
+            return Admitted(answer, replayed=True) if same else KEY_CONFLICT
+        decision = decide(session, admission, now, frozen=frozen)
         if isinstance(decision, Admitted) and admission.tool_names and not dry_run:
             self._queries.count_calls(row_id, decision.session.usage)
             if idempotency is not None:
-                self._queries.remember(row_id, idempotency, admission, decision.session)
+                text = to_text(admission)
+                self._queries.remember(row_id, idempotency, text, decision.session)
         return decision
 
-    def change(self, session_id: str, transition: Transition) -> Session | Denied:
+    def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None
+    ) -> Changed | Denied:
         """See `SessionStore.change`."""
         now = self.now()
         found = self._queries.find(session_id, now)
         if found is None:
             return NO_SESSION
-        row_id, session = found
+        if idempotency is None:
+            return self._change(found, transition, now)
+        key = IdempotencyKey(idempotency.caller, idempotency.key)
+        known = self._queries.replay(found, key)
+        if known is None:
+            changed = self._change(found, transition, now)
+            if isinstance(changed, Changed):
+                self._queries.remember(found.row_id, key, idempotency.request, changed.session)
+        elif (ended := check_running(found.session, now)) is not None:
+            changed = ended
+        elif known[0] == idempotency.request:
+            changed = Changed(found.session, replayed=True)
+        else:
+            changed = KEY_CONFLICT
+        return changed
+
+    def _change(self, found: Found, transition: Transition, now: int) -> Changed | Denied:
+        session = found.session
         terms = transition(session, now)
         if isinstance(terms, Denied):
             return terms
-        self._queries.change(row_id, session.terms, terms)
-        if terms.closed_at is not None and session.terms.closed_at is None:
-            self._count(opened=-1)
-        return session.with_terms(terms, now)
+        if terms is not session.terms:
+            self._queries.change(found.row_id, session.terms, terms)
+            if terms.closed_at is not None and session.terms.closed_at is None:
+                self._count(opened=-1)
+        return Changed(session.with_terms(terms, now))
 
     def get(self, session_id: str) -> Session | None:
         """See `SessionStore.get`."""
@@ -207,9 +245,9 @@ class Transactions:
         start = FIRST if cursor is None else Cursor.decode(cursor)
         now, (agent_id, status) = self.now(), which
         found: list[Session] = []
-        for closed, after, until in _ranges(status, start, now):
+        for kind, after, until in _ranges(status, start, now):
             found += self._queries.page(
-                closed=closed,
+                which=kind,
                 after=after,
                 until=until,
                 agent_id=agent_id,
@@ -220,18 +258,38 @@ class Transactions:
         more = len(found) > limit
         return Page(found[:limit], _cursor(found[limit - 1]).encode() if more else None)
 
-    def count_active_for_agent(self, agent_id: str) -> int:
-        """See `SessionStore.count_active_for_agent`."""
-        return self._queries.count_active_of(agent_id, self.now())
+    def get_agent(self, agent_id: str) -> AgentState:
+        """See `SessionStore.get_agent`."""
+        now = self.now()
+        paused = self._queries.count_paused_of(agent_id, now)
+        active = self._queries.count_running_of(agent_id, now) - paused
+        return AgentState(active, paused, self._queries.freeze_of(agent_id))
 
-    def count_active(self) -> int:
-        """See `SessionStore.count_active`."""
-        return self._tally.open - self._queries.count_expired(self.now())
+    def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
+        """See `SessionStore.freeze`."""
+        self._queries.freeze(agent_id, Freeze(self.now(), reason, actor))
+        return self.get_agent(agent_id)
+
+    def unfreeze(self, agent_id: str) -> AgentState:
+        """See `SessionStore.unfreeze`."""
+        self._queries.unfreeze(agent_id)
+        return self.get_agent(agent_id)
+
+    def list_frozen(self, limit: int, cursor: str | None) -> FrozenAgents:
+        """See `SessionStore.list_frozen`."""
+        return frozen_page(self._queries.frozen(decode_agent(cursor), limit + 1), limit)
+
+    def totals(self) -> Totals:
+        """See `SessionStore.totals`."""
+        now = self.now()
+        paused = self._queries.count_paused(now)
+        active = self._tally.open - self._queries.count_expired(now) - paused
+        return Totals(active, paused, self._queries.count_frozen())
 
     def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         """See `SessionStore.close_sessions_for_agent`."""
         by = ClosedBy(actor, kill_switch=True)
-        closed = self._queries.close_active_of(agent_id, self.now(), by)
+        closed = self._queries.close_running_of(agent_id, self.now(), by)
         self._count(opened=-len(closed))
         return closed
 
@@ -265,16 +323,20 @@ def _replay(known: Creation, idempotency: CreationKey) -> Admitted | Denied:
 
 def _ranges(
     status: SessionStatus | None, start: Cursor, now: int
-) -> list[tuple[bool, Cursor, int | None]]:
-    """Where to look for sessions of a status: whether among the closed ones, after which
-    position, and up to which deadline."""
-    if status is SessionStatus.CLOSED:
-        return [(True, start, None)]
-    if status is SessionStatus.EXPIRED:
-        return [(False, start, now)]
-    if status is SessionStatus.ACTIVE:
-        return [(False, max(start, Cursor(now + 1, "")), None)]
-    return [(False, start, None), (True, start, None)]
+) -> list[tuple[Kind, Cursor, int | None]]:
+    """Where to look for sessions of a status: among which, after which position, and up to
+    which deadline."""
+    alive = max(start, Cursor(now + 1, ""))
+    match status:
+        case SessionStatus.CLOSED:
+            return [("closed", start, None)]
+        case SessionStatus.EXPIRED:
+            return [("open", start, now)]
+        case SessionStatus.ACTIVE:
+            return [("active", alive, None)]
+        case SessionStatus.PAUSED:
+            return [("paused", alive, None)]
+    return [("open", start, None), ("closed", start, None)]
 
 
 def _cursor(session: Session) -> Cursor:

@@ -15,16 +15,19 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
-from app.domain.lifecycle import Transition
-from app.domain.session import Grant, Session
+from app.domain.lifecycle import Changed, Transition
+from app.domain.session import AgentState, Grant, Session
 from app.store.contract import (
+    ChangeKey,
     CreationKey,
+    FrozenAgents,
     IdempotencyKey,
     Page,
     SessionFilter,
     SessionStore,
     StoreLimits,
     Swept,
+    Totals,
 )
 from app.store.redis.client import Step
 from app.store.redis.store import RedisStore
@@ -138,9 +141,11 @@ class UnreliableReplicas(SessionStore):
         )
 
     @override
-    async def change(self, session_id: str, transition: Transition) -> Session | Denied:
+    async def change(
+        self, session_id: str, transition: Transition, idempotency: ChangeKey | None = None
+    ) -> Changed | Denied:
         return await self._do(
-            lambda store: store.change(session_id, transition), _same_or_denied
+            lambda store: store.change(session_id, transition, idempotency), _same_change
         )
 
     @override
@@ -156,12 +161,26 @@ class UnreliableReplicas(SessionStore):
         )
 
     @override
-    async def count_active_for_agent(self, agent_id: str) -> int:
-        return await self._do(lambda store: store.count_active_for_agent(agent_id), _same)
+    async def get_agent(self, agent_id: str) -> AgentState:
+        return await self._do(lambda store: store.get_agent(agent_id), _same)
 
     @override
-    async def count_active(self) -> int:
-        return await self._do(lambda store: store.count_active(), _same)
+    async def freeze(self, agent_id: str, reason: str, actor: str) -> AgentState:
+        return await self._do(lambda store: store.freeze(agent_id, reason, actor), _same)
+
+    @override
+    async def unfreeze(self, agent_id: str) -> AgentState:
+        return await self._do(lambda store: store.unfreeze(agent_id), _same)
+
+    @override
+    async def list_frozen(self, *, limit: int, cursor: str | None = None) -> FrozenAgents:
+        return await self._do(
+            lambda store: store.list_frozen(limit=limit, cursor=cursor), _same
+        )
+
+    @override
+    async def totals(self) -> Totals:
+        return await self._do(lambda store: store.totals(), _same)
 
     @override
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
@@ -186,7 +205,9 @@ def _same_or_replayed(first: object, second: object) -> bool:
     return first == second
 
 
-def _same_or_denied(first: object, second: object) -> bool:
+def _same_change(first: object, second: object) -> bool:
+    if isinstance(first, Changed) and isinstance(second, Changed):
+        return first.session == second.session
     return isinstance(second, Denied)
 
 

@@ -16,7 +16,17 @@ from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, Stor
 from app.store.redis.client import Step
 from app.store.redis.store import RedisStore
 from tests.conftest import STORES
-from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, kill, opened
+from tests.support import (
+    AGENT,
+    ManualClock,
+    a_call,
+    a_grant,
+    close,
+    count_active,
+    create,
+    kill,
+    opened,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -112,8 +122,8 @@ async def agrees(store: RedisStore, other: RedisStore) -> list[Session]:
     for each in (store, other):
         sessions = await everything(each)
         active = [one for one in sessions if one.status is SessionStatus.ACTIVE]
-        assert await each.count_active() == len(active)
-        assert await each.count_active_for_agent(AGENT) == len(active) <= CAP
+        assert await count_active(each) == len(active)
+        assert await count_active(each, AGENT) == len(active) <= CAP
         of_agent = await each.list_all(SessionFilter(AGENT), limit=500)
         assert of_agent.sessions == sessions
         for status in SessionStatus:
@@ -126,7 +136,7 @@ async def agrees(store: RedisStore, other: RedisStore) -> list[Session]:
 
 async def fills_up_to_the_cap(store: RedisStore) -> None:
     """Check that exactly as many sessions can be created as the cap leaves."""
-    active = await store.count_active_for_agent(AGENT)
+    active = await count_active(store, AGENT)
     for _ in range(CAP - active):
         assert isinstance(await create(store), Admitted)
     assert isinstance(await create(store), Denied)
@@ -134,10 +144,10 @@ async def fills_up_to_the_cap(store: RedisStore) -> None:
 
 async def kills(store: RedisStore) -> None:
     """Check that the kill switch reaches every session."""
-    active = await store.count_active()
+    active = await count_active(store)
     assert await kill(store, AGENT) == active
     assert all(each.status is not SessionStatus.ACTIVE for each in await everything(store))
-    assert await store.count_active() == 0
+    assert await count_active(store) == 0
 
 
 async def sweeps_everything(store: RedisStore, clock: ManualClock) -> None:
@@ -179,7 +189,7 @@ async def test_an_interrupted_creation(
         again = await create(living, None, key)
         assert isinstance(again, Admitted)
         assert again.replayed
-        assert await living.count_active() == 0
+        assert await count_active(living) == 0
     await sweeps_everything(living, clock)
 
 

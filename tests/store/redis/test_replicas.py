@@ -12,7 +12,15 @@ from app.store.redis.store import RedisStore
 from tests.conftest import PATIENTLY
 from tests.engines import Server
 from tests.store.redis.test_store import connected
-from tests.support import AGENT, a_batch, a_grant, close, kill, opened
+from tests.support import (
+    AGENT,
+    a_batch,
+    a_grant,
+    close,
+    count_active,
+    kill,
+    opened,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +48,7 @@ class TestReplicas:
 
         assert await kill(store, AGENT) == 1001
 
-        assert await store.count_active_for_agent(AGENT) == await store.count_active() == 0
+        assert await count_active(store, AGENT) == await count_active(store) == 0
         await store.aclose()
 
     async def test_pages_go_on_whatever_language_the_engine_speaks(

@@ -21,7 +21,16 @@ from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl
 from tests.engines import Server
 from tests.faults import FaultProxy, proxied
-from tests.support import AGENT, a_call, a_grant, close, create, kill, opened
+from tests.support import (
+    AGENT,
+    a_call,
+    a_grant,
+    close,
+    count_active,
+    create,
+    kill,
+    opened,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -214,7 +223,7 @@ class TestKeys:
 
 class TestLayout:
     async def test_another_version_is_refused(self, server: Server) -> None:
-        server.client.set("arbiter:layout", "3")
+        server.client.set("arbiter:layout", "2")
 
         with pytest.raises(StoreUnusable, match="another version of this program"):
             await connected(server.url)
@@ -230,7 +239,7 @@ class TestLayout:
 
         store = await connected(server.url)
 
-        assert server.client.get("arbiter:layout") == b"2"
+        assert server.client.get("arbiter:layout") == b"3"
         await store.aclose()
 
 
@@ -340,7 +349,7 @@ class TestFailures:
             after = await store.get(each.session_id)
             assert after is not None
             assert after.status is SessionStatus.CLOSED
-        assert await store.count_active_for_agent(AGENT) == 0
+        assert await count_active(store, AGENT) == 0
 
     async def test_a_read_only_replica(self, server: Server, store: RedisStore) -> None:
         session = await opened(store)

@@ -24,6 +24,7 @@ from tests.support import (
     a_call,
     a_grant,
     close,
+    count_active,
     create,
     kill,
     opened,
@@ -113,7 +114,7 @@ async def test_a_session_lives_its_whole_life(engine: Engine) -> None:
     assert isinstance(await store.record(session_id, a_call()), Denied)
     page = await store.list_all(SessionFilter(AGENT, SessionStatus.ACTIVE), limit=10)
     assert [each.session_id for each in page.sessions] == [session_id]
-    assert await store.count_active() == await store.count_active_for_agent(AGENT) == 1
+    assert await count_active(store) == await count_active(store, AGENT) == 1
     await opened(store)
     assert isinstance(await close(store, session_id), Session)
     assert await kill(store, AGENT) == 1

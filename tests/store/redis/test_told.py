@@ -13,7 +13,17 @@ from app.domain.advice import DenialCode
 from app.domain.session import SessionStatus
 from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
 from tests.conftest import STORES
-from tests.support import AGENT, ManualClock, a_call, a_grant, close, create, kill, opened
+from tests.support import (
+    AGENT,
+    ManualClock,
+    a_call,
+    a_grant,
+    close,
+    count_active,
+    create,
+    kill,
+    opened,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -31,8 +41,8 @@ TOLD: dict[str, Callable[[SessionStore, str], Awaitable[object]]] = {
     "a list of expired sessions": lambda store, _: store.list_all(
         SessionFilter(None, SessionStatus.EXPIRED), limit=9
     ),
-    "a count": lambda store, _: store.count_active(),
-    "a count of the agent": lambda store, _: store.count_active_for_agent(AGENT),
+    "a count": lambda store, _: count_active(store),
+    "a count of the agent": lambda store, _: count_active(store, AGENT),
     "the kill switch": lambda store, _: kill(store, AGENT),
     "a creation under the cap": lambda store, _: create(store, a_grant(time_limit_secs=1)),
 }

@@ -1,9 +1,9 @@
--- Decide about calls and count them: rules 1 to 8 of app/domain/admission.py.
+-- Decide about calls and count them: rules 1 to 10 of app/domain/admission.py.
 -- KEYS  clock, session, replays
 -- ARGV  prefix, now, known revision, agent or '', rank of the tier or '', '1' for a dry run,
 --       idempotency field or '', the admission as text, then the tools
--- Returns what `reply` does; the outcome is 'admitted', 'replayed' or a denial code. For rules 5
--- to 8 also the codes of all that fail, and the positions of unauthorised tools, from 0.
+-- Returns what `reply` does; the outcome is 'admitted', 'replayed' or a denial code. For rules 7
+-- to 10 also the codes of all that fail, and the positions of unauthorised tools, from 0.
 
 local FIRST = 9
 local KEY, REPLAYS, known_rev = KEYS[2], KEYS[3], ARGV[3]
@@ -86,6 +86,12 @@ if session.closed >= 0 then
 end
 if at >= session.expires then
   return reply('session_expired', session, KEY, known_rev)
+end
+if freeze_of(session.agent) then
+  return reply('agent_frozen', session, KEY, known_rev)
+end
+if session.paused >= 0 then
+  return reply('session_paused', session, KEY, known_rev)
 end
 if idempotency ~= '' then
   local first = redis.call('HGET', REPLAYS, idempotency)

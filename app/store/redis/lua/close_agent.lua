@@ -1,4 +1,4 @@
--- Close active sessions of an agent.
+-- Close active and paused sessions of an agent.
 -- KEYS  clock, the agent's open sessions
 -- ARGV  prefix, now, most sessions, retention in milliseconds, who closes them
 -- Returns {ids closed, number looked at}. If it looked at the most, there may be more.
@@ -17,7 +17,7 @@ for _, id in ipairs(ids) do
     index(id, session, tonumber(ARGV[4]))
     redis.call('HSET', key, 't', struct.pack(TERMS, session.created, session.expires,
       session.closed, session.rev, session.budget, session.rate, session.window,
-      session.ceiling) .. packed:sub(65), 'c', ARGV[5])
+      session.ceiling, session.paused) .. packed:sub(73), 'c', ARGV[5])
     closed[#closed + 1] = id
   end
 end

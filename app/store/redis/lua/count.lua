@@ -1,7 +1,9 @@
--- How many open sessions of an index have their deadline ahead.
--- KEYS  clock, an index of open sessions
+-- How much is running in a cell.
+-- KEYS  clock, open sessions, paused sessions
 -- ARGV  prefix, now
--- Returns the number.
+-- Returns {open sessions with their deadline ahead, the paused ones among them, frozen agents}.
 
 report_expired_of(KEYS[2])
-return redis.call('ZCOUNT', KEYS[2], '(' .. whole(now), '+inf')
+local alive = '(' .. whole(now)
+return {redis.call('ZCOUNT', KEYS[2], alive, '+inf'), redis.call('ZCOUNT', KEYS[3], alive, '+inf'),
+  redis.call('HLEN', PREFIX .. 'frozen')}

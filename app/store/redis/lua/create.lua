@@ -3,11 +3,14 @@
 -- ARGV  prefix, now, session id, terms as packed with an instant of 0, grant as text, lifetime in
 --       microseconds, retention in milliseconds, cap or '', '1' if the store is full, '1' if it
 --       remembers too many creations of the caller, request digest or '', caller, how long to
---       remember in microseconds, then exact tool names
--- Returns {'created', instant}, {'replayed', id, instant, grant}, {'conflict'}, {'full'},
+--       remember in microseconds, agent, then exact tool names
+-- Returns {'created', instant}, {'frozen'}, {'replayed', id, instant, grant}, {'conflict'}, {'full'},
 -- {'creations_full'} or {'too_many', active}.
 
 local id, remember = ARGV[3], ARGV[11] ~= ''
+if freeze_of(ARGV[14]) then
+  return {'frozen'}
+end
 local known = remember and redis.call('HMGET', KEYS[4], 'forget_at', 'request', 'id', 'created',
   'grant')
 if known and known[1] and now < tonumber(known[1]) then
@@ -38,7 +41,7 @@ local fields = {
   'g', ARGV[5],
   'u', struct.pack(USAGE, 0, now, 0, now),
 }
-for i = 14, #ARGV do
+for i = 15, #ARGV do
   fields[#fields + 1] = '=' .. ARGV[i]
   fields[#fields + 1] = ''
 end

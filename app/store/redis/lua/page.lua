@@ -5,7 +5,7 @@
 
 local deadline, after, most, status = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local last = status == 'expired' and whole(now) or '+inf'
-if status == 'active' and tonumber(deadline) <= now then
+if (status == 'active' or status == 'paused') and tonumber(deadline) <= now then
   deadline, after = whole(now + 1), ''
 end
 

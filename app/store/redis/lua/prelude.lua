@@ -49,12 +49,12 @@ end
 
 -- The session's fields: 't' its terms, packed, then agent and patterns; 'g' the grant as text;
 -- 'u' its usage, packed; 'c' who closed it; and one field '=NAME' for each exact tool name.
-local TERMS, USAGE = '>dddddddd', '>dddd'
+local TERMS, USAGE = '>ddddddddd', '>dddd'
 
 local function unpack_terms(session, packed)
   local at
   session.created, session.expires, session.closed, session.rev, session.budget, session.rate,
-    session.window, session.ceiling, at = struct.unpack(TERMS, packed)
+    session.window, session.ceiling, session.paused, at = struct.unpack(TERMS, packed)
   session.agent = packed:sub(at, at + ID_CHARS - 1)
   session.patterns = packed:sub(at + ID_CHARS)
 end
@@ -63,6 +63,11 @@ local function unpack_usage(session, packed)
   session.made, session.start, session.calls, session.seen = struct.unpack(USAGE, packed)
   -- Time stands still for a session whose last admission is ahead of the clock.
   session.now = math.max(now, session.seen)
+end
+
+-- The freeze of an agent, or false: its instant, who froze it and why, with '|' between them.
+local function freeze_of(agent)
+  return redis.call('HGET', PREFIX .. 'frozen', agent)
 end
 
 local function session_key(id)
@@ -96,20 +101,27 @@ local function reply(outcome, session, key, known_rev)
 end
 
 -- Keep the indexes in line with a session, and let everything about it live until its end and for
--- `retention` milliseconds more. An agent's indexes hold session ids, in the order of deadlines;
+-- `retention` milliseconds more. Paused sessions are among the open ones and have an index of their
+-- own beside it. An agent's indexes hold session ids, in the order of deadlines;
 -- those of the cell hold the id and the agent's id, so that they can be swept without the session.
 local function index(id, session, retention)
   local here, there, ends = 'open', 'closed', session.expires
   if session.closed >= 0 then
     here, there, ends = there, here, math.min(session.closed, ends)
   end
-  local life = math.max(1000, math.ceil((ends - now) / 1000) + retention)
+  local life = math.max(MARGIN, math.ceil((ends - now) / 1000) + retention)
   redis.call('PEXPIRE', session_key(id), whole(life))
   redis.call('PEXPIRE', PREFIX .. 'replays:' .. id, whole(life))
   for suffix, entry in pairs({[''] = id .. session.agent, [':' .. session.agent] = id}) do
     redis.call('ZREM', PREFIX .. there .. suffix, entry)
     redis.call('ZADD', PREFIX .. here .. suffix, whole(session.expires), entry)
     outlive(PREFIX .. here .. suffix, life + MARGIN)
+    if session.paused >= 0 and session.closed < 0 then
+      redis.call('ZADD', PREFIX .. 'paused' .. suffix, whole(session.expires), entry)
+      outlive(PREFIX .. 'paused' .. suffix, life + MARGIN)
+    elseif session.rev > 1 then
+      redis.call('ZREM', PREFIX .. 'paused' .. suffix, entry)
+    end
   end
   if session.closed >= 0 then
     redis.call('ZADD', PREFIX .. 'closings', whole(session.closed), id .. session.agent)

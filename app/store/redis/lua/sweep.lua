@@ -15,11 +15,11 @@ for which, name in ipairs({'open', 'closed', 'closings'}) do
     for _, entry in ipairs(due(name, cutoff)) do
       local id, agent = entry:sub(1, ID_CHARS), entry:sub(ID_CHARS + 1)
       redis.call('UNLINK', session_key(id), PREFIX .. 'replays:' .. id)
-      for _, index in ipairs({'open', 'closed', 'closings'}) do
+      redis.call('ZREM', PREFIX .. 'closings', entry)
+      for _, index in ipairs({'open', 'closed', 'paused'}) do
         redis.call('ZREM', PREFIX .. index, entry)
+        redis.call('ZREM', PREFIX .. index .. ':' .. agent, id)
       end
-      redis.call('ZREM', PREFIX .. 'open:' .. agent, id)
-      redis.call('ZREM', PREFIX .. 'closed:' .. agent, id)
       local kind = which == 1 and 1 or 2
       removed[kind], left = removed[kind] + 1, left - 1
     end
