@@ -150,7 +150,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
 def test_the_python_of_a_page_prints_what_it_shows(
     page: str, start_service: StartService
 ) -> None:
-    """A text block after a Python block is its output."""
+    """A text block after a Python block is its output. The example modules can be imported."""
     service = start_service()
     program = "\n".join(blocks(page, "python")).replace("http://localhost:8000", service.url)
 
@@ -158,6 +158,7 @@ def test_the_python_of_a_page_prints_what_it_shows(
         [sys.executable, "-c", program],
         capture_output=True,
         check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "examples")},
         text=True,
         timeout=60,
     )
