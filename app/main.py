@@ -26,6 +26,7 @@ from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher
 from app.key_file import KeyFile
 from app.observability.audit import AuditLog
+from app.observability.denials import Denials
 from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger, set_log_level
 from app.observability.loop_lag import watch_loop_lag
@@ -58,7 +59,10 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     metrics = Metrics()
     shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
     audit = AuditLog(settings.audit_log, metrics) if settings.audit_log else None
-    events = Events(metrics, log_admissions=settings.log_level == "debug", audit=audit)
+    denials = Denials()
+    events = Events(
+        metrics, log_admissions=settings.log_level == "debug", audit=audit, denials=denials
+    )
     key_file = None
     if settings.api_keys_file is not None:
         key_file = KeyFile(settings.api_keys_file, settings.api_keys)
@@ -112,7 +116,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    services = Services(service, authenticator, shared_metrics, events)
+    services = Services(service, authenticator, shared_metrics, events, denials)
     return build_application(services, lifespan, tracing)
 
 

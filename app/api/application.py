@@ -23,6 +23,7 @@ from app.http.dispatch import Dispatcher, StartSpan
 from app.http.problems import METHOD_NOT_ALLOWED, NOT_FOUND, Refused, refused_response
 from app.http.route import to_starlette
 from app.observability.audit import Actor
+from app.observability.denials import Denials
 from app.observability.events import Events
 from app.observability.tracing import end_with, server_span
 from app.observability.workers import SharedMetrics
@@ -46,6 +47,7 @@ class Services:
     authenticator: Authenticator
     metrics: SharedMetrics
     events: Events
+    denials: Denials
 
     def report_refused(self, code: str, caller: str, request_id: str, client: str) -> None:
         """Report a request that was refused before it reached the service. A session that does

@@ -122,5 +122,5 @@ Limit = Annotated[
     int,
     Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),
     BeforeValidator(_digits),
-    Query(description="Maximum number of sessions on a page."),
+    Query(description="Maximum number of items in the answer."),
 ]

@@ -20,6 +20,7 @@ from app.http.auth import Caller, Scope
 from app.http.problems import problem_response
 from app.http.request import StrictRequest
 from app.http.response import Headers, RawResponse, json_response
+from app.observability.denials import Denial
 from app.store.contract import Page
 
 REPLAYED = (b"idempotency-replayed", b"true")
@@ -307,3 +308,27 @@ def page_response(page: Page) -> RawResponse:
     items = b",".join(map(encode_session, page.sessions))
     cursor = b"" if page.next_cursor is None else b',"next_cursor":' + to_json(page.next_cursor)
     return json_response(200, b'{"items":[%b]%b}' % (items, cursor), [])
+
+
+def denials_response(denials: Iterable[Denial]) -> RawResponse:
+    """Return the response with a list of denials."""
+    return json_response(200, to_json({"items": list(map(_denial, denials))}), [])
+
+
+def _denial(denial: Denial) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "at": instant(denial.at).decode(),
+        "operation": denial.operation,
+        "code": denial.code.value,
+    }
+    if denial.session_id:
+        entry["session_id"] = denial.session_id
+    if denial.agent_id:
+        entry["agent_id"] = denial.agent_id
+    return entry | {
+        "caller": denial.actor.caller,
+        "request_id": denial.actor.request_id,
+        "tools": denial.tools,
+        "dry_run": denial.dry_run,
+        "violations": list(map(_violation, denial.violations)),
+    }

@@ -19,9 +19,9 @@ from app.api.problem_types import (
     TOOL_NOT_AUTHORIZED,
     ProblemCode,
 )
-from app.api.schemas import Count
+from app.api.schemas import Count, Violation
 from app.domain.advice import NextAction
-from app.domain.session import MAX_INT32, DataSensitivity
+from app.domain.session import MAX_INT32
 from app.http.problems import (
     INSUFFICIENT_SCOPE,
     INTERNAL_ERROR,
@@ -38,7 +38,7 @@ TAGS = [
     {"name": "sessions", "description": "Issue and end task sessions."},
     {"name": "admission", "description": "Ask before each tool call, and count it."},
     {"name": "agents", "description": "All sessions of an agent, and the kill switch."},
-    {"name": "operations", "description": "Health and metrics."},
+    {"name": "operations", "description": "Health, metrics, and what a replica knows."},
 ]
 
 _DESCRIPTION = """\
@@ -51,21 +51,6 @@ to show to the agent.
 
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
-
-
-class Violation(BaseModel):
-    """A rule that the request violates."""
-
-    code: ProblemCode
-    limit: Count = Field(default=0, description="The call budget or the rate limit.")
-    used: Count = Field(default=0, description="How much of the limit is used.")
-    requested: Count = Field(default=0, description="How many calls the request makes.")
-    ceiling: DataSensitivity = Field(
-        default=DataSensitivity.INTERNAL, description="The highest tier that calls may touch."
-    )
-    tool_indexes: list[Count] = Field(
-        default=[], description="Positions in the batch, from 0, of tools that are not allowed."
-    )
 
 
 class Outcome(StrEnum):
@@ -130,14 +115,11 @@ class Problem(BaseModel):
     agent_message: str = Field(default="", description="One sentence for the agent.")
 
 
-ALWAYS = (
-    VALIDATION_FAILED,
-    UNAUTHENTICATED,
-    INSUFFICIENT_SCOPE,
-    STORE_UNAVAILABLE,
-    INTERNAL_ERROR,
-)
+WITHOUT_STORE = (VALIDATION_FAILED, UNAUTHENTICATED, INSUFFICIENT_SCOPE, INTERNAL_ERROR)
 """Problems of every route that needs a key."""
+
+ALWAYS = (*WITHOUT_STORE, STORE_UNAVAILABLE)
+"""Problems of every route that needs a key and asks the store."""
 
 WITH_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, IDEMPOTENCY_CONFLICT)
 """Further problems of routes that take a body and an idempotency key."""

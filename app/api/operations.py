@@ -1,17 +1,19 @@
-"""Routes for health, metrics, and the pages that explain problem codes."""
+"""Routes for health, metrics, the latest denials, and the pages that explain problem codes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api.dependencies import ProblemCodeInPath
-from app.api.openapi import problem_responses
+from app.api.dependencies import DEFAULT_PAGE, Limit, ProblemCodeInPath
+from app.api.encode import denials_response
+from app.api.openapi import WITHOUT_STORE, problem_responses
 from app.api.problem_types import PROBLEM_TYPES
-from app.api.schemas import Health
+from app.api.schemas import DenialPage, Health, SessionIdText, UuidText
+from app.domain.advice import DenialCode
 from app.domain.errors import StoreUnavailable
 from app.http.auth import Scope
 from app.http.problems import (
@@ -25,6 +27,7 @@ from app.http.problems import (
 from app.http.request import StrictRequest
 from app.http.response import RawResponse, json_response
 from app.http.route import PUBLIC, StrictRoute, allow
+from app.observability.denials import Denials
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -91,6 +94,39 @@ async def metrics(request: StrictRequest) -> RawResponse:
     except StoreUnavailable:
         totals = None
     return _text(services.metrics.render(totals), CONTENT_TYPE_LATEST)
+
+
+@router.get(
+    "/denials",
+    operation_id="listDenials",
+    summary="List the latest denials",
+    tags=["operations"],
+    response_model=DenialPage,
+    responses=problem_responses(*WITHOUT_STORE),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def list_denials(
+    request: StrictRequest,
+    session_id: Annotated[
+        SessionIdText | None, Query(description="Only denials in this session.")
+    ] = None,
+    agent_id: Annotated[
+        UuidText | None, Query(description="Only denials of this agent.")
+    ] = None,
+    code: Annotated[
+        DenialCode | None, Query(description="Only denials with this code.")
+    ] = None,
+    limit: Limit = DEFAULT_PAGE,
+) -> RawResponse:
+    """List the latest denials of creations, calls, batches and closes, newest first.
+
+    Each process remembers the last 10,000 that it gave itself, fewer if they are large batches,
+    until it ends. The audit log has all of them.
+    """
+    denials: Denials = request.services.denials
+    return denials_response(
+        denials.latest(limit=limit, session_id=session_id, agent_id=agent_id, code=code)
+    )
 
 
 @router.get("/", include_in_schema=False, response_model=None, openapi_extra=PUBLIC)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any, Self
 
 from msgspec import UNSET
@@ -21,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from app.api.problem_types import ProblemCode
+from app.domain.advice import DenialCode
 from app.domain.lifecycle import Amendment
 from app.domain.session import (
     DEFAULT_CALL_BUDGET,
@@ -80,6 +83,18 @@ def _tier(value: Any) -> Any:
 NotNull = BeforeValidator(_not_null)
 """Marks a field that may be left out but may not be null. `openapi.py` documents it so."""
 
+
+def _session_id(value: str) -> str:
+    if not CANONICAL_UUID.fullmatch(value):
+        raise ValueError("must be a session id, a UUID in lower case")
+    return value
+
+
+SessionIdText = Annotated[
+    str,
+    AfterValidator(_session_id),
+    WithJsonSchema({"type": "string", "format": "uuid", "examples": [SESSION_ID_EXAMPLE]}),
+]
 UuidText = Annotated[
     str,
     AfterValidator(canonical_uuid),
@@ -420,6 +435,76 @@ class AgentSessionsClosed(BaseModel):
 
     agent_id: UuidText
     closed: Count
+
+
+class Violation(BaseModel):
+    """A rule that the request violates."""
+
+    code: ProblemCode
+    limit: Count = Field(default=0, description="The call budget or the rate limit.")
+    used: Count = Field(default=0, description="How much of the limit is used.")
+    requested: Count = Field(default=0, description="How many calls the request makes.")
+    ceiling: DataSensitivity = Field(
+        default=DataSensitivity.INTERNAL, description="The highest tier that calls may touch."
+    )
+    tool_indexes: list[Count] = Field(
+        default=[], description="Positions in the batch, from 0, of tools that are not allowed."
+    )
+
+
+class DeniedOperation(StrEnum):
+    """What was denied."""
+
+    CREATE = "create"
+    CALL = "call"
+    BATCH = "batch"
+    CLOSE = "close"
+
+
+class Denial(BaseModel):
+    """A request that was denied."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "at": "2026-01-01T12:00:00.000000Z",
+                    "operation": "call",
+                    "code": "tool_not_authorized",
+                    "session_id": SESSION_ID_EXAMPLE,
+                    "agent_id": AGENT_ID_EXAMPLE,
+                    "caller": "gate",
+                    "request_id": "4f1d2c3b5a69-2a",
+                    "tools": ["delete_file"],
+                    "dry_run": False,
+                    "violations": [{"code": "tool_not_authorized", "tool_indexes": [0]}],
+                }
+            ]
+        }
+    )
+
+    at: datetime
+    operation: DeniedOperation
+    code: DenialCode
+    session_id: Annotated[UuidText | None, NotNull] = Field(
+        default=None, description="A capability. Treat it as a secret. Absent for a creation."
+    )
+    agent_id: Annotated[UuidText | None, NotNull] = Field(
+        default=None,
+        description="The agent of the session. If the session is unknown, the agent that the "
+        "request named; absent if it named none.",
+    )
+    caller: str = Field(description="The name of the key; empty if the service has no keys.")
+    request_id: str
+    tools: list[str] = Field(max_length=MAX_BATCH, description="The tools of the request.")
+    dry_run: bool
+    violations: list[Violation] = Field(description="All rules that the request violated.")
+
+
+class DenialPage(BaseModel):
+    """The latest denials, newest first."""
+
+    items: list[Denial]
 
 
 class Health(BaseModel):

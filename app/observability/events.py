@@ -1,4 +1,5 @@
-"""Events of sessions, each reported once: to the log, the metrics and the audit log."""
+"""Events of sessions, each reported once: to the log, the metrics, the audit log and the memory
+of denials."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from app.domain.admission import Admission, Admitted, Denied, Operation, Violati
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.lifecycle import Changed
 from app.observability.audit import NOBODY, Actor, AuditLog
+from app.observability.denials import Denials
 from app.observability.logs import LogLimit, get_logger, short
 from app.observability.metrics import Metrics
 from app.store.contract import Swept
@@ -28,11 +30,17 @@ class Events:
     `log_admissions` off, an admission only increments a counter: no log record is made."""
 
     def __init__(
-        self, metrics: Metrics, *, log_admissions: bool, audit: AuditLog | None = None
+        self,
+        metrics: Metrics,
+        *,
+        log_admissions: bool,
+        audit: AuditLog | None = None,
+        denials: Denials | None = None,
     ) -> None:
         self._metrics = metrics
         self._audit = audit
         self.log_admissions = log_admissions
+        self._denials = Denials() if denials is None else denials
         self._log = get_logger()
         self._limit = LogLimit(LINES_PER_SEC)
 
@@ -52,6 +60,7 @@ class Events:
         if isinstance(decision, Denied):
             if self._audit is not None:
                 self._audit.note("create", decision.code.value, actor, agent_id=agent_id)
+            self._denials.note("create", decision, actor, agent_id=agent_id)
             self._metrics.decisions["create", decision.code.value] += 1
             if self._limit.admits(decision.code.value):
                 self._log.info(
@@ -97,8 +106,18 @@ class Events:
         if self._audit is not None:
             self._audit.note_decision(session_id, admission, decision, actor, dry_run=dry_run)
         # Not `.value`, which is a function call: this runs for every admission.
-        operation = _DRY_RUN if dry_run else _OPERATION[admission.operation is Operation.CALL]
+        requested = _OPERATION[admission.operation is Operation.CALL]
+        operation = _DRY_RUN if dry_run else requested
         if isinstance(decision, Denied):
+            self._denials.note(
+                requested,
+                decision,
+                actor,
+                session_id=session_id,
+                agent_id=admission.agent_id or "",
+                tools=admission.tool_names,
+                dry_run=dry_run,
+            )
             code = decision.code.value
             self._metrics.decisions[operation, code] += 1
             if self._limit.admits(code):
@@ -198,6 +217,7 @@ class Events:
                     session_id=session_id,
                     session=outcome.session,
                 )
+            self._denials.note("close", outcome, actor, session_id=session_id)
             return
         session = outcome.session
         if self._audit is not None:

@@ -39,6 +39,7 @@ OPERATIONS = {
     "readyz",
     "healthz",
     "metrics",
+    "listDenials",
 }
 
 
@@ -100,7 +101,7 @@ def test_every_response_and_body_is_a_named_schema(document: dict[str, Any]) -> 
 
 def test_every_body_has_an_example(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for name in ("CreateSession", "RecordCall", "RecordBatch", "Session", "Agent"):
+    for name in ("CreateSession", "RecordCall", "RecordBatch", "Session", "Agent", "Denial"):
         assert schemas[name]["examples"]
 
 
@@ -159,6 +160,8 @@ async def test_real_responses_match_the_document(api: Api, document: dict[str, A
         (await api.client.get("/sessions?limit=1"), "/sessions", "get"),
         (await api.client.get(f"/agents/{AGENT}"), "/agents/{agent_id}", "get"),
         (await api.client.get("/livez"), "/livez", "get"),
+        (await api.client.get("/denials"), "/denials", "get"),
+        (await api.client.get("/denials?code=no"), "/denials", "get"),
         (
             await api.client.delete(f"/agents/{AGENT}/sessions"),
             "/agents/{agent_id}/sessions",

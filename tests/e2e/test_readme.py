@@ -67,7 +67,7 @@ SETTINGS = {
     "docs/stores.md": {"ARBITER_STORE_URL": "sqlite://{folder}/sessions.db"},
 }
 """The settings of the service behind a page, if it has any. With keys, an agent already has two
-sessions there."""
+sessions there, and was denied a tool in each."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -121,7 +121,9 @@ def test_the_commands_of_a_page_print_what_it_shows(
     service = start_service(**settings)
     for _ in range(2 if "ARBITER_API_KEYS" in given else 0):
         headers = {"authorization": f"Bearer {PROXY_TOKEN}"}
-        httpx.post(f"{service.url}/sessions", json=session_request(), headers=headers)
+        made = httpx.post(f"{service.url}/sessions", json=session_request(), headers=headers)
+        path = f"{service.url}{made.headers['location']}/calls"
+        httpx.post(path, json={"tool_name": "delete_file"}, headers=headers)
     shown = "".join(blocks(page, "console"))
     commands = TYPED.findall(shown)
     script = "\n".join(f"echo '$' {number}\n{each}" for number, each in enumerate(commands))

@@ -41,6 +41,7 @@ ROUTES = [
     ("GET", f"/agents/{AGENT}", {"admin", "operate"}),
     ("DELETE", f"/agents/{AGENT}/sessions", {"admin", "operate"}),
     ("GET", "/metrics", {"admin", "operate"}),
+    ("GET", "/denials", {"admin", "operate"}),
 ]
 PUBLIC = ["/livez", "/readyz", "/healthz", "/openapi.json", "/docs", "/problems/rate_limited"]
 

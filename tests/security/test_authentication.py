@@ -58,6 +58,7 @@ ROUTES = {
     "agent": (b"GET /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7", {"operate"}),
     "kill": (b"DELETE /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7/sessions", {"operate"}),
     "metrics": (b"GET /metrics", {"operate"}),
+    "denials": (b"GET /denials", {"operate"}),
 }
 """Request lines, and the scopes that may send them."""
 
