@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -28,11 +29,12 @@ from app.key_file import KeyFile
 from app.observability.audit import AuditLog
 from app.observability.denials import Denials
 from app.observability.events import Events
-from app.observability.logs import configure_logs, get_logger, set_log_level
+from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
 from app.observability.tracing import add_trace_ids, open_tracing, tracing_enabled
 from app.observability.workers import SharedMetrics
+from app.replica import Replica
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
 from app.server.sighup import handle_sighup
@@ -71,6 +73,8 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     )
     sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
     service = SessionService(store, events, settings.max_time_limit_secs)
+    started_at = time.time_ns() // 1000
+    replica = Replica(service, events, redact_url(settings.store_url), started_at)
     limits = Limits(
         connections=settings.max_connections,
         requests_in_flight=settings.max_requests_in_flight,
@@ -116,7 +120,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    services = Services(service, authenticator, shared_metrics, events, denials)
+    services = Services(service, authenticator, shared_metrics, events, denials, replica)
     return build_application(services, lifespan, tracing)
 
 
@@ -139,8 +143,7 @@ def _reload_log_level(events: Events) -> None:
     except BadSettings as error:
         get_logger().error("log level not reloaded", reason=str(error))
         return
-    set_log_level(level)
-    events.log_admissions = level == "debug"
+    events.apply_log_level(level)
     get_logger().info("log level reloaded", level=level)
 
 

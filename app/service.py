@@ -55,6 +55,7 @@ class SessionService:
         self._events = events
         self._max_time_limit_secs = max_time_limit_secs
         self._retiring = False
+        self._draining = False
 
     async def create_session(
         self,
@@ -281,10 +282,19 @@ class SessionService:
         """Keep serving, but report from now on that this process is not ready."""
         self._retiring = True
 
+    def drain(self, *, on: bool) -> None:
+        """The same until it is turned off again. It does not undo `retire`."""
+        self._draining = on
+
+    @property
+    def draining(self) -> bool:
+        """Whether this process reports that it is not ready, although it serves."""
+        return self._retiring or self._draining
+
     async def ready(self) -> None:
         """Return if the service is ready for requests. Raises `StoreUnavailable` or
         `ShuttingDown` if it is not."""
-        if self._retiring:
+        if self.draining:
             raise ShuttingDown
         await self._store.ping()
 

@@ -27,6 +27,7 @@ from app.observability.denials import Denials
 from app.observability.events import Events
 from app.observability.tracing import end_with, server_span
 from app.observability.workers import SharedMetrics
+from app.replica import Replica
 from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
@@ -48,6 +49,7 @@ class Services:
     metrics: SharedMetrics
     events: Events
     denials: Denials
+    replica: Replica
 
     def report_refused(self, code: str, caller: str, request_id: str, client: str) -> None:
         """Report a request that was refused before it reached the service. A session that does

@@ -21,6 +21,7 @@ from app.http.problems import problem_response
 from app.http.request import StrictRequest
 from app.http.response import Headers, RawResponse, json_response
 from app.observability.denials import Denial
+from app.replica import ReplicaState
 from app.store.contract import Page
 
 REPLAYED = (b"idempotency-replayed", b"true")
@@ -332,3 +333,9 @@ def _denial(denial: Denial) -> dict[str, Any]:
         "dry_run": denial.dry_run,
         "violations": list(map(_violation, denial.violations)),
     }
+
+
+def replica_response(state: ReplicaState) -> RawResponse:
+    """Return the response with the state of this process."""
+    started_at = instant(state.started_at).decode()
+    return json_response(200, to_json(state._asdict() | {"started_at": started_at}), [])

@@ -1,4 +1,5 @@
-"""Routes for health, metrics, the latest denials, and the pages that explain problem codes."""
+"""Routes for health, metrics, denials, the process itself, and the pages that explain problem
+codes."""
 
 from __future__ import annotations
 
@@ -8,20 +9,30 @@ from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api.dependencies import DEFAULT_PAGE, Limit, ProblemCodeInPath
-from app.api.encode import denials_response
+from app.api.dependencies import DEFAULT_PAGE, Limit, ProblemCodeInPath, RequestActor
+from app.api.encode import denials_response, replica_response
 from app.api.openapi import WITHOUT_STORE, problem_responses
 from app.api.problem_types import PROBLEM_TYPES
-from app.api.schemas import DenialPage, Health, SessionIdText, UuidText
+from app.api.schemas import (
+    DenialPage,
+    Health,
+    Replica,
+    SessionIdText,
+    UpdateReplica,
+    UuidText,
+)
 from app.domain.advice import DenialCode
 from app.domain.errors import StoreUnavailable
 from app.http.auth import Scope
 from app.http.problems import (
     INSUFFICIENT_SCOPE,
+    MALFORMED_JSON,
     NOT_FOUND,
+    PAYLOAD_TOO_LARGE,
     SHUTTING_DOWN,
     STORE_UNAVAILABLE,
     UNAUTHENTICATED,
+    UNSUPPORTED_MEDIA_TYPE,
     Refused,
 )
 from app.http.request import StrictRequest
@@ -58,8 +69,8 @@ async def livez() -> RawResponse:
     openapi_extra=PUBLIC,
 )
 async def readyz(request: StrictRequest) -> RawResponse:
-    """Check that requests can be served: the store responds, and this process is not shutting
-    down. No key is needed."""
+    """Check that requests can be served: the store responds, and this process is not draining.
+    No key is needed."""
     await request.services.service.ready()
     return _OK
 
@@ -127,6 +138,43 @@ async def list_denials(
     return denials_response(
         denials.latest(limit=limit, session_id=session_id, agent_id=agent_id, code=code)
     )
+
+
+@router.get(
+    "/replica",
+    operation_id="getReplica",
+    summary="Describe this process",
+    tags=["operations"],
+    response_model=Replica,
+    responses=problem_responses(*WITHOUT_STORE),
+    openapi_extra=allow(Scope.OPERATE),
+)
+async def get_replica(request: StrictRequest) -> RawResponse:
+    """Return the state of the process that answers. With several workers that is one of them;
+    `pid` tells which."""
+    return replica_response(request.services.replica.state())
+
+
+@router.patch(
+    "/replica",
+    operation_id="updateReplica",
+    summary="Drain this process, or change its log level",
+    tags=["operations"],
+    response_model=Replica,
+    responses=problem_responses(
+        MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, *WITHOUT_STORE
+    ),
+    openapi_extra=allow(),
+)
+async def update_replica(
+    request: StrictRequest, body: UpdateReplica, actor: RequestActor
+) -> RawResponse:
+    """Change the process that answers, until it ends. An empty object changes nothing.
+
+    With several workers it changes one of them; `pid` tells which.
+    """
+    state = request.services.replica.update(actor, draining=body.draining, level=body.log_level)
+    return replica_response(state)
 
 
 @router.get("/", include_in_schema=False, response_model=None, openapi_extra=PUBLIC)

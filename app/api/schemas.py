@@ -45,6 +45,7 @@ from app.domain.tools import (
     TOOL_NAME_PATTERN,
     AllowList,
 )
+from app.observability.logs import LogLevel
 
 CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 """RFC 9562, section 4, in the only spelling that this service accepts as an id."""
@@ -308,6 +309,21 @@ _EITHER_OR = (
 """Fields and their relative forms."""
 
 
+class UpdateReplica(_Request):
+    """What to change about a process. What is left out stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"draining": True}]})
+
+    draining: Annotated[bool | None, NotNull] = Field(
+        default=None,
+        description="true: /readyz answers 503 shutting_down, and everything goes on being "
+        "served. false undoes it, but not the draining after SIGTERM.",
+    )
+    log_level: Annotated[LogLevel | None, NotNull] = Field(
+        default=None, description="The level of the log, until the process ends."
+    )
+
+
 class Session(BaseModel):
     """A session as it is now."""
 
@@ -505,6 +521,35 @@ class DenialPage(BaseModel):
     """The latest denials, newest first."""
 
     items: list[Denial]
+
+
+class Replica(BaseModel):
+    """The process that answers."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "version": "1.0.0",
+                    "store": "redis://arbiter:***@engine:6379/0",
+                    "started_at": "2026-01-01T12:00:00.000000Z",
+                    "draining": False,
+                    "log_level": "info",
+                    "pid": 1,
+                }
+            ]
+        }
+    )
+
+    version: str
+    store: str = Field(description="The URL of the store, without secrets.")
+    started_at: datetime
+    draining: bool = Field(
+        description="Whether /readyz answers 503 although everything is served: because an "
+        "operator said so, or because the process is stopping."
+    )
+    log_level: LogLevel
+    pid: Count = Field(description="The id of the process, which tells workers apart.")
 
 
 class Health(BaseModel):

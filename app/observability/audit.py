@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -82,7 +83,7 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     """RFC 3339, UTC."""
     event: str
     """`create`, `call`, `batch`, `close`, `amend`, `pause`, `resume`, `close_agent`, `freeze`,
-    `unfreeze`, `sweep`, `start`, `stop` or `lost`."""
+    `unfreeze`, `replica`, `sweep`, `start`, `stop` or `lost`."""
     outcome: str = ""
     """`admitted`, `replayed`, `done`, or the code of the denial or problem."""
     caller: str = ""
@@ -108,6 +109,10 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The sessions that a kill switch closed."""
     outcome_unknown: bool = False
     """Whether the request may have been recorded although it failed."""
+    changed: dict[str, bool | str] = {}
+    """What an operator changed about a process, and to what."""
+    pid: int | None = None
+    """The process that was changed."""
 
 
 class Entry(NamedTuple):
@@ -132,6 +137,8 @@ class Entry(NamedTuple):
     reason: str = ""
     number: int | None = None
     """Sessions or lines that the event is about."""
+    changed: Mapping[str, bool | str] = MappingProxyType({})
+    pid: int | None = None
 
 
 class AuditLog:
@@ -355,6 +362,8 @@ def _line(entry: Entry) -> Line:
         outcome_unknown=entry.outcome_unknown,
         reason=entry.reason,
         count=entry.number,
+        changed=dict(entry.changed),
+        pid=entry.pid,
     )
     if entry.session_id:
         line.session = short(entry.session_id)

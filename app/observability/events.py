@@ -4,13 +4,14 @@ of denials."""
 from __future__ import annotations
 
 import asyncio
+import os
 
 from app.domain.admission import Admission, Admitted, Denied, Operation, Violation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.lifecycle import Changed
 from app.observability.audit import NOBODY, Actor, AuditLog
 from app.observability.denials import Denials
-from app.observability.logs import LogLimit, get_logger, short
+from app.observability.logs import LogLevel, LogLimit, apply_log_level, get_logger, short
 from app.observability.metrics import Metrics
 from app.store.contract import Swept
 
@@ -39,10 +40,15 @@ class Events:
     ) -> None:
         self._metrics = metrics
         self._audit = audit
-        self.log_admissions = log_admissions
+        self._log_admissions = log_admissions
         self._denials = Denials() if denials is None else denials
         self._log = get_logger()
         self._limit = LogLimit(LINES_PER_SEC)
+
+    def apply_log_level(self, level: LogLevel) -> None:
+        """Log from now on what `level` asks for."""
+        apply_log_level(level)
+        self._log_admissions = level == "debug"
 
     def started(self) -> None:
         """Report that the service has started."""
@@ -54,6 +60,19 @@ class Events:
         self._log.info("stopped")
         if self._audit is not None:
             self._audit.note("stop", "done", NOBODY)
+
+    def replica_changed(self, changed: dict[str, bool | str], actor: Actor) -> None:
+        """Report what an operator has changed about this process."""
+        pid = os.getpid()
+        if self._audit is not None:
+            self._audit.note("replica", "done", actor, changed=changed, pid=pid)
+        self._log.info(
+            "replica changed",
+            request_id=actor.request_id,
+            caller=actor.caller,
+            pid=pid,
+            **changed,
+        )
 
     def created(self, agent_id: str, decision: Admitted | Denied, actor: Actor) -> None:
         """Report the decision on a creation."""
@@ -136,7 +155,7 @@ class Events:
             return
         outcome = "replayed" if decision.replayed else "admitted"
         self._metrics.decisions[operation, outcome] += 1
-        if self.log_admissions:
+        if self._log_admissions:
             self._log.debug(
                 f"calls {outcome}",
                 session_id=short(session_id),

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, TextIO, cast, get_args
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+"""The most verbose first."""
 
 SHORT_ID_CHARS = 8
 
@@ -108,19 +109,32 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
     structlog.configure(
         processors=[*shared, *rendered],
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _StandardError())),
+        # So that loggers that exist already follow a change of the level.
         cache_logger_on_first_use=False,
     )
-    set_log_level(level)
+    apply_log_level(level)
 
 
-def set_log_level(level: LogLevel) -> None:
-    """Log from now on what has this level or a higher one."""
+def apply_log_level(level: LogLevel) -> None:
+    """Change the level of the whole process. `Events.apply_log_level` also makes the events
+    follow."""
     root = logging.getLogger()
     root.setLevel(level.upper())
     # At info they repeat our own lines; at debug they print request data.
     for name in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(root.level))
+
+
+def log_level() -> LogLevel:
+    """The level of the process now."""
+    return cast("LogLevel", logging.getLevelName(logging.getLogger().level).lower())
+
+
+def is_more_verbose(level: LogLevel, than: LogLevel) -> bool:
+    """Whether more is logged at `level`."""
+    levels = get_args(LogLevel)
+    return bool(levels.index(level) < levels.index(than))
 
 
 def get_logger() -> Any:

@@ -40,6 +40,8 @@ OPERATIONS = {
     "healthz",
     "metrics",
     "listDenials",
+    "getReplica",
+    "updateReplica",
 }
 
 
@@ -101,7 +103,16 @@ def test_every_response_and_body_is_a_named_schema(document: dict[str, Any]) -> 
 
 def test_every_body_has_an_example(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for name in ("CreateSession", "RecordCall", "RecordBatch", "Session", "Agent", "Denial"):
+    for name in (
+        "CreateSession",
+        "RecordCall",
+        "RecordBatch",
+        "UpdateReplica",
+        "Session",
+        "Agent",
+        "Denial",
+        "Replica",
+    ):
         assert schemas[name]["examples"]
 
 
@@ -161,6 +172,9 @@ async def test_real_responses_match_the_document(api: Api, document: dict[str, A
         (await api.client.get(f"/agents/{AGENT}"), "/agents/{agent_id}", "get"),
         (await api.client.get("/livez"), "/livez", "get"),
         (await api.client.get("/denials"), "/denials", "get"),
+        (await api.client.get("/replica"), "/replica", "get"),
+        (await api.client.patch("/replica", json={"log_level": "info"}), "/replica", "patch"),
+        (await api.client.patch("/replica", json={"log_level": "all"}), "/replica", "patch"),
         (await api.client.get("/denials?code=no"), "/denials", "get"),
         (
             await api.client.delete(f"/agents/{AGENT}/sessions"),

@@ -45,20 +45,27 @@ VOLATILE = [
     (re.compile(r"\b[0-9a-f]{64}\b"), "DIGEST"),
     (re.compile(r"\.[\w-]{43}$", re.MULTILINE), ".SECRET"),
     (re.compile(r"^date: .*$", re.MULTILINE), "date: DATE"),
+    (re.compile(r'(?<="version":")[^"]+'), "VERSION"),
+    (re.compile(r'(?<="pid":)\d+'), "PID"),
     (re.compile(r'(?<=;t=)\d+|(?<="retry_after_secs":)\d+'), "SECS"),
 ]
 
 PROXY_KEY, PROXY_TOKEN = new_key("gate", Scope.PROXY)
 OPERATOR_KEY, OPERATOR_TOKEN = new_key("ops", Scope.OPERATE)
-TOKENS = {"PROXY_TOKEN": PROXY_TOKEN, "OPERATOR_TOKEN": OPERATOR_TOKEN}
+ADMIN_KEY, ADMIN_TOKEN = new_key("boss", Scope.ADMIN)
+TOKENS = {
+    "PROXY_TOKEN": PROXY_TOKEN,
+    "OPERATOR_TOKEN": OPERATOR_TOKEN,
+    "ADMIN_TOKEN": ADMIN_TOKEN,
+}
 """Shell variables of a page whose service has keys."""
 
-WITH_KEYS = {"ARBITER_API_KEYS": f"{PROXY_KEY},{OPERATOR_KEY}"}
+WITH_KEYS = {"ARBITER_API_KEYS": f"{PROXY_KEY},{OPERATOR_KEY},{ADMIN_KEY}"}
 KEY_FOLDER = "/etc/arbiter"
 """Where the key file is on the pages."""
 
 WITH_KEY_FILE = {
-    "ARBITER_API_KEYS": str(OPERATOR_KEY),
+    "ARBITER_API_KEYS": f"{OPERATOR_KEY},{ADMIN_KEY}",
     "ARBITER_API_KEYS_FILE": "{folder}/keys",
 }
 SETTINGS = {
@@ -252,7 +259,9 @@ def test_the_routes_of_the_readme_are_those_of_the_document() -> None:
 
 
 def _scopes(operation: dict[str, Any]) -> list[str]:
-    return [scope for scope in operation.get("x-scopes", []) if scope != Scope.ADMIN]
+    """The scopes that may use a route besides admin, or admin if there are none."""
+    allowed = operation.get("x-scopes", [])
+    return [scope for scope in allowed if scope != Scope.ADMIN] or allowed
 
 
 def test_the_table_of_settings_has_every_default_and_range() -> None:

@@ -42,6 +42,8 @@ ROUTES = [
     ("DELETE", f"/agents/{AGENT}/sessions", {"admin", "operate"}),
     ("GET", "/metrics", {"admin", "operate"}),
     ("GET", "/denials", {"admin", "operate"}),
+    ("GET", "/replica", {"admin", "operate"}),
+    ("PATCH", "/replica", {"admin"}),
 ]
 PUBLIC = ["/livez", "/readyz", "/healthz", "/openapi.json", "/docs", "/problems/rate_limited"]
 

@@ -59,6 +59,8 @@ ROUTES = {
     "kill": (b"DELETE /agents/7c9e6679-7425-40de-944b-e07fc1f90ae7/sessions", {"operate"}),
     "metrics": (b"GET /metrics", {"operate"}),
     "denials": (b"GET /denials", {"operate"}),
+    "replica": (b"GET /replica", {"operate"}),
+    "update": (b"PATCH /replica", set()),
 }
 """Request lines, and the scopes that may send them."""
 
