@@ -1,5 +1,5 @@
-"""The command line, `arbiter` or `python -m app`: serve (the default), backup, config, keys
-new, openapi."""
+"""The command line, `arbiter` or `python -m app`: serve (the default), audit, backup, config,
+keys new, openapi."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
+from app.api.problem_types import PROBLEM_TYPES
+from app.api.schemas import canonical_uuid
 from app.domain.errors import StoreUnusable
 from app.http.auth import Scope, new_key
 from app.main import create_app
+from app.observability.audit import STDOUT
+from app.observability.audit_search import (
+    AuditSearch,
+    Wanted,
+    parse_session,
+    parse_time,
+    rotations,
+)
 from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
 from app.server.supervisor import Supervisor
@@ -28,6 +40,12 @@ from app.settings import BadSettings, Settings, load_settings
 from app.store import UnknownStore, back_up
 
 BACKLOG = 2048
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted, as shells have it."""
+
+_OUTCOMES = ("admitted", "replayed", "done", *PROBLEM_TYPES)
+
+_T = TypeVar("_T")
 
 PROGRAM = "python -m app" if __name__ == "__main__" else "arbiter"
 """What the user typed, for the usage lines."""
@@ -53,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     commands.add_parser("serve", help="serve HTTP (the default)").set_defaults(run=_serve)
+    _add_audit(commands.add_parser("audit", help="print lines of the audit log"))
     backup = commands.add_parser("backup", help="copy a durable store, live or stopped")
     backup.add_argument("file", type=Path, help="a file that does not exist yet")
     backup.set_defaults(run=_back_up)
@@ -68,6 +87,60 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--scope", required=True, choices=[scope.value for scope in Scope])
     new.set_defaults(run=_new_key)
     return parser
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints the lines that match all options, as they are, the oldest file first. The exit "
+        "code is 0 if there are any, 1 if there are none, 2 if a file cannot be read."
+    )
+    parser.add_argument(
+        "--session",
+        type=_checked(parse_session),
+        metavar="ID",
+        help="a whole id, its first 8 characters, or its SHA-256",
+    )
+    parser.add_argument("--agent", type=_checked(canonical_uuid), metavar="ID")
+    parser.add_argument(
+        "--outcome",
+        type=_checked(_outcome),
+        metavar="CODE",
+        help="admitted, or the code of a denial",
+    )
+    parser.add_argument("--caller", metavar="NAME", help="the name of an API key")
+    for option, meaning in (("--since", "not before"), ("--until", "before")):
+        parser.add_argument(
+            option,
+            type=_checked(lambda text: parse_time(text, datetime.now(UTC))),
+            metavar="TIME",
+            help=f"{meaning} an instant such as 2026-01-01T12:00:00Z, or 15m, 2h or 3d ago",
+        )
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="read these, in this order, instead of ARBITER_AUDIT_LOG and its rotations",
+    )
+    parser.set_defaults(run=_audit)
+
+
+def _checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Let a `ValueError` be the message to the user. By itself argparse repeats the value."""
+
+    def checked(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _outcome(text: str) -> str:
+    if text not in _OUTCOMES:
+        raise ValueError(f"give one of {', '.join(_OUTCOMES)}")
+    return text
 
 
 def _serve(_: argparse.Namespace) -> int:
@@ -125,6 +198,56 @@ def server_config(app: ASGIApp | str, settings: Settings) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_grace_secs,
     )
+
+
+def _audit(chosen: argparse.Namespace) -> int:
+    search = AuditSearch(
+        Wanted(
+            chosen.session,
+            chosen.agent,
+            chosen.outcome,
+            chosen.caller,
+            chosen.since,
+            chosen.until,
+        )
+    )
+    try:
+        matched = _print_lines(search, chosen.files or _audit_files())
+    except BrokenPipeError:
+        # The reader, such as head, has enough. Python would write the rest as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if search.damaged:
+        lines = "1 damaged line" if search.damaged == 1 else f"{search.damaged} damaged lines"
+        print(f"arbiter: skipped {lines}", file=sys.stderr)
+    for each in search.unreadable:
+        print(f"arbiter: cannot read all of {each}", file=sys.stderr)
+    return 2 if search.unreadable else int(not matched)
+
+
+def _print_lines(search: AuditSearch, files: Sequence[Path]) -> bool:
+    """Print what is found and return whether there is any."""
+    matched, out, at_once = False, sys.stdout.buffer, sys.stdout.isatty()
+    for line in search.lines(files):
+        matched = True
+        out.write(line)
+        if at_once:
+            out.flush()
+    out.flush()
+    return matched
+
+
+def _audit_files() -> list[Path]:
+    """The files of the configured audit log. Raises `BadSettings`."""
+    target = load_settings().audit_log
+    if target is None or target == STDOUT:
+        raise BadSettings(f"name the files: ARBITER_AUDIT_LOG is {target or 'not set'}")
+    files = rotations(Path(target))
+    if not files:
+        raise BadSettings(f"there is no audit log {target}")
+    return files
 
 
 def _back_up(chosen: argparse.Namespace) -> int:

@@ -103,8 +103,8 @@ INSUFFICIENT_SCOPE = ProblemType(
     "The scope of this API key does not cover this request. Use a key with a scope that the "
     "WWW-Authenticate header names.",
     "Use a key with another scope. proxy may create, read and close sessions and record calls "
-    "and batches. operate may read, list, change and close sessions, freeze agents, see denials "
-    "and the process, and read metrics. admin may do everything.",
+    "and batches. operate may read, list, change and close sessions, freeze agents, and see "
+    "denials, the process and metrics. admin may do everything.",
     "The call could not be checked; stop here.",
     next_action="ask_operator",
 )

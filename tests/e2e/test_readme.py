@@ -69,7 +69,7 @@ WITH_KEY_FILE = {
     "ARBITER_API_KEYS_FILE": "{folder}/keys",
 }
 SETTINGS = {
-    "docs/operations.md": WITH_KEY_FILE,
+    "docs/operations.md": WITH_KEY_FILE | {"ARBITER_AUDIT_LOG": "{folder}/audit.log"},
     "docs/security.md": WITH_KEYS,
     "docs/stores.md": {"ARBITER_STORE_URL": "sqlite://{folder}/sessions.db"},
 }
