@@ -49,6 +49,22 @@ async def test_workers_share_budgets_and_add_up_their_metrics(service: Service) 
             pass
 
 
+async def test_a_change_of_a_process_concerns_the_worker_that_answers(
+    service: Service,
+) -> None:
+    async with httpx.AsyncClient(base_url=service.url, timeout=30) as one:
+        changed = (await one.patch("/replica", json={"draining": True})).json()
+        again = (await one.get("/replica")).json()
+    draining = {}
+    while len(draining) < WORKERS:
+        async with httpx.AsyncClient(base_url=service.url, timeout=30) as another:
+            state = (await another.get("/replica")).json()
+        draining[state["pid"]] = state["draining"]
+
+    assert again == changed
+    assert [pid for pid in draining if draining[pid]] == [changed["pid"]]
+
+
 async def counted(client: httpx.AsyncClient, outcome: str) -> int:
     text = (await client.get("/metrics")).text
     found = re.search(
