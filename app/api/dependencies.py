@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Path, Query
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE, canonical_uuid
+from app.domain.session import MAX_INT32
 from app.http.headers import idempotency_key, wants_minimal
 from app.http.problems import invalid_field
 from app.http.request import StrictRequest
@@ -116,6 +119,36 @@ DryRun = Annotated[
     bool,
     BeforeValidator(flag),
     Query(description="Decide as for a real request, but record nothing."),
+]
+
+
+def _instant(value: Any) -> Any:
+    """Read an instant of the query (RFC 3339, section 5.6) as microseconds since 1970. A plus
+    sign of an offset arrives as a space unless it was escaped."""
+    text = value.replace(" ", "+") if isinstance(value, str) else ""
+    try:
+        found = datetime.fromisoformat(text) if _RFC3339.fullmatch(text) else None
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError("must be an instant such as 2026-01-01T12:00:00Z")
+    return (found - _EPOCH) // timedelta(microseconds=1)
+
+
+_RFC3339 = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE
+)
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+QueryInstant = Annotated[
+    int,
+    BeforeValidator(_instant),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
+Digits = Annotated[
+    int,
+    Field(ge=0, le=MAX_INT32, json_schema_extra={"format": "int32"}),
+    BeforeValidator(_digits),
 ]
 ListCursor = Annotated[str | None, Query(description="next_cursor of the previous page.")]
 Limit = Annotated[

@@ -8,9 +8,11 @@ from fastapi import APIRouter, Query
 
 from app.api.dependencies import (
     DEFAULT_PAGE,
+    Digits,
     Idempotency,
     Limit,
     ListCursor,
+    QueryInstant,
     RequestActor,
     Service,
     SessionId,
@@ -41,7 +43,14 @@ from app.api.problem_types import (
     grant_exceeds_key,
     session_not_found,
 )
-from app.api.schemas import CreateSession, Session, SessionPage, UpdateSession, UuidText
+from app.api.schemas import (
+    CreateSession,
+    Session,
+    SessionPage,
+    ToolName,
+    UpdateSession,
+    UuidText,
+)
 from app.domain.admission import Denied
 from app.domain.ceilings import GrantExceedsKey
 from app.domain.session import SessionStatus
@@ -108,6 +117,7 @@ async def create_session(
     openapi_extra=allow(Scope.OPERATE),
 )
 async def list_sessions(
+    *,
     service: Service,
     agent_id: Annotated[
         UuidText | None, Query(description="Only sessions of this agent.")
@@ -115,13 +125,24 @@ async def list_sessions(
     status: Annotated[
         SessionStatus | None, Query(description="Only sessions with this status.")
     ] = None,
+    tool: Annotated[
+        ToolName | None,
+        Query(description="Only sessions that authorise this tool, by name or by pattern."),
+    ] = None,
+    max_calls_remaining: Annotated[
+        Digits | None, Query(description="Only sessions with at most so many calls left.")
+    ] = None,
+    expires_before: Annotated[
+        QueryInstant | None, Query(description="Only sessions with a deadline before this.")
+    ] = None,
     limit: Limit = DEFAULT_PAGE,
     cursor: ListCursor = None,
 ) -> RawResponse:
-    """List sessions in the order of their deadlines. Ended ones stay until they are swept."""
-    page = await service.list_sessions(
-        SessionFilter(agent_id, status), limit=limit, cursor=cursor
-    )
+    """List sessions in the order of their deadlines. Ended ones stay until they are swept. A
+    page looks at no more than 5,000 sessions, so with a filter it may hold fewer than `limit`,
+    or none, although a cursor follows."""
+    which = SessionFilter(agent_id, status, tool, max_calls_remaining, expires_before)
+    page = await service.list_sessions(which, limit=limit, cursor=cursor)
     return page_response(page)
 
 

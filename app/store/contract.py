@@ -102,6 +102,30 @@ class SessionFilter(NamedTuple):
 
     agent_id: str | None = None
     status: SessionStatus | None = None
+    tool: str | None = None
+    """A tool that the session's allow-list covers."""
+    max_calls_remaining: int | None = None
+    expires_before: int | None = None
+    """An instant; the deadline is before it."""
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether sessions must be looked at one by one to find those that match."""
+        return self.tool is not None or self.max_calls_remaining is not None
+
+    def matches(self, session: Session) -> bool:
+        """Whether the session is one of these, apart from its agent and its deadline."""
+        most = self.max_calls_remaining
+        return (
+            self.status in (None, session.status)
+            and (self.tool is None or session.grant.authorized_tools.allows(self.tool))
+            and (most is None or session.calls_remaining <= most)
+        )
+
+
+LOOKED_AT_MOST = 5000
+"""Sessions that one page of a list looks at. With a filter it may have fewer than it could,
+although more follow."""
 
 
 class Page(NamedTuple):
@@ -222,7 +246,8 @@ class SessionStore(ABC):
     async def list_all(
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
-        """At most `limit` sessions after `cursor`, in order of deadline.
+        """At most `limit` sessions after `cursor`, in order of deadline. Looks at no more than
+        `LOOKED_AT_MOST` sessions.
 
         Statuses follow the clock. A cursor stays valid while sessions come and go: a session
         that exists throughout is listed exactly once. Raises `InvalidCursor`.

@@ -356,3 +356,46 @@ async def test_instants_are_rfc_3339(api: Api, clock: ManualClock) -> None:
 
     assert created == "2026-01-01T12:00:00.000001Z"
     assert datetime.fromisoformat(created)
+
+
+class TestFilters:
+    async def test_sessions_can_be_found_by_tool_budget_and_deadline(self, api: Api) -> None:
+        short = await api.create(authorized_tools=["rm"], call_budget=3, time_limit_secs=60)
+        long = await api.create(authorized_tools=["r*"], time_limit_secs=3600)
+
+        async def found(**query: Any) -> list[str]:
+            answer = await api.client.get("/sessions", params=query)
+            assert answer.status_code == 200, answer.text
+            return [each["session_id"] for each in answer.json()["items"]]
+
+        both = [short["session_id"], long["session_id"]]
+        assert await found(tool="rm") == both
+        assert await found(tool="read") == both[1:]
+        assert await found(max_calls_remaining=3) == both[:1]
+        assert await found(expires_before=long["expires_at"]) == both[:1]
+        offset = long["expires_at"].replace("Z", "+00:00")
+        assert await found(expires_before=offset, tool="rm") == both[:1]
+        plain = await api.client.get(f"/sessions?expires_before={offset}")
+        assert len(plain.json()["items"]) == 1
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            {"tool": "not a tool"},
+            {"tool": "a*"},
+            {"max_calls_remaining": "-1"},
+            {"max_calls_remaining": "1.0"},
+            {"expires_before": "tomorrow"},
+            {"expires_before": "2026-01-01"},
+            {"expires_before": "2026-01-01T12:00:00"},
+            {"expires_before": "2026-13-01T12:00:00Z"},
+        ],
+    )
+    async def test_a_filter_that_makes_no_sense_is_refused(
+        self, api: Api, query: dict[str, str]
+    ) -> None:
+        answer = await api.client.get("/sessions", params=query)
+
+        assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
+        (error,) = answer.json()["errors"]
+        assert (error["in"], error["field"]) == ("query", *query)

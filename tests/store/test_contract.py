@@ -650,6 +650,57 @@ class TestChange:
         }
 
 
+class TestFilters:
+    async def test_sessions_are_found_by_what_they_allow(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
+        exact = await opened(store, a_grant("rm", call_budget=1, time_limit_secs=10))
+        pattern = await opened(store, a_grant("r*", call_budget=5, time_limit_secs=20))
+        other = await opened(store, a_grant("ls", agent_id=OTHER_AGENT, time_limit_secs=30))
+        await store.record(exact.session_id, a_call("rm"))
+
+        for which, expected in (
+            (SessionFilter(tool="rm"), [exact, pattern]),
+            (SessionFilter(tool="rx"), [pattern]),
+            (SessionFilter(tool="none"), []),
+            (SessionFilter(max_calls_remaining=0), [exact]),
+            (SessionFilter(max_calls_remaining=5), [exact, pattern]),
+            (SessionFilter(tool="rm", max_calls_remaining=0), [exact]),
+            (SessionFilter(expires_before=other.terms.expires_at), [exact, pattern]),
+            (SessionFilter(expires_before=other.terms.expires_at + 1), [exact, pattern, other]),
+            (SessionFilter(AGENT, tool="ls"), []),
+            (SessionFilter(OTHER_AGENT, tool="ls"), [other]),
+            (SessionFilter(status=SessionStatus.PAUSED, tool="rm"), []),
+        ):
+            assert await listed(store, which) == [each.session_id for each in expected], which
+
+    @pytest.mark.parametrize("which", [SessionFilter(tool="rm"), SessionFilter()])
+    async def test_pages_of_a_filter_are_whole_and_bounded(
+        self, store: SessionStore, monkeypatch: pytest.MonkeyPatch, which: SessionFilter
+    ) -> None:
+        monkeypatch.setattr("app.store.listing.LOOKED_AT_MOST", 7)
+        monkeypatch.setattr("app.store.listing.CHUNK", 3)
+        wanted = []
+        for number in range(40):
+            tool = "rm" if number % 10 == 9 else "ls"
+            session = await opened(store, a_grant(tool, time_limit_secs=number))
+            if which.tool in (None, tool):
+                wanted.append(session.session_id)
+
+        found: list[str] = []
+        cursor, pages = None, 0
+        while True:
+            page = await store.list_all(which, limit=2, cursor=cursor)
+            found += [session.session_id for session in page.sessions]
+            cursor, pages = page.next_cursor, pages + 1
+            assert len(page.sessions) <= 2
+            if cursor is None:
+                break
+
+        assert found == wanted
+        assert pages == (6 if which.tool else 20)
+
+
 def a_change(key: str = "k", request: str = "add 5") -> ChangeKey:
     return ChangeKey("ops", key, request)
 

@@ -56,6 +56,7 @@ from app.store.contract import (
 )
 from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
+from app.store.listing import Listing
 from app.store.memory.index import SessionIndex
 from app.store.memory.sharded import ShardedDict
 
@@ -279,13 +280,14 @@ class MemoryStore(SessionStore):
     ) -> Page:
         now = self._clock()
         start = FIRST if cursor is None else Cursor.decode(cursor)
-        positions = list(islice(self._listed(which, start, now), limit + 1))
-        sessions = [self._sessions[each.session_id].at(now) for each in positions[:limit]]
-        more = len(positions) > limit
-        return Page(sessions, positions[limit - 1].encode() if more else None)
+        listing = Listing(which, limit)
+        for position in self._listed(which, start, now):
+            if not listing.look(position, self._sessions[position.session_id].at(now)):
+                break
+        return listing.page()
 
     def _listed(self, which: SessionFilter, start: Cursor, now: int) -> Iterator[Cursor]:
-        agent_id, status = which
+        agent_id, status = which.agent_id, which.status
         if status is SessionStatus.CLOSED:
             return self._closed.after(start, agent_id, None)
         if status is SessionStatus.EXPIRED:
@@ -294,11 +296,7 @@ class MemoryStore(SessionStore):
         if status is SessionStatus.PAUSED:
             return self._paused.after(alive, agent_id, None)
         if status is SessionStatus.ACTIVE:
-            return (
-                position
-                for position in self._open.after(alive, agent_id, None)
-                if self._sessions[position.session_id].terms.paused_at is None
-            )
+            return self._open.after(alive, agent_id, None)
         return merge(
             self._open.after(start, agent_id, None), self._closed.after(start, agent_id, None)
         )

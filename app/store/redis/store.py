@@ -61,6 +61,7 @@ from app.store.contract import (
 )
 from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
+from app.store.listing import Listing
 from app.store.redis import keys, replies, scripts
 from app.store.redis.client import ScriptClient, Step
 from app.store.redis.pages import Merge
@@ -386,7 +387,7 @@ class RedisStore(SessionStore):
         self, which: SessionFilter, *, limit: int, cursor: str | None = None
     ) -> Page:
         after = FIRST if cursor is None else Cursor.decode(cursor)
-        agent_id, status = which
+        agent_id, status = which.agent_id, which.status
         cells = keys.CELLS if agent_id is None else [keys.cell_of_agent(agent_id)]
 
         async def read(
@@ -404,28 +405,19 @@ class RedisStore(SessionStore):
             ]
             return list(map(_cursors, await self._client.submit_all(steps)))
 
-        merge = Merge(cells, after, read)
-        page: list[tuple[Cursor, Session]] = []
-        at_end = False
-        while len(page) <= limit and not at_end:
-            missing = limit + 1 - len(page)
-            entries = await merge.take(missing)
-            at_end = len(entries) < missing
-            sessions = await self._read([entry.session_id for entry in entries])
+        merge, listing, goes_on = Merge(cells, after, read), Listing(which, limit), True
+        while goes_on:
+            wanted = listing.wanted
+            entries = await merge.take(wanted)
+            goes_on = len(entries) == wanted
             # An entry can be older than its session.
-            page += [
-                (entry, session)
-                for entry, session in zip(entries, sessions, strict=True)
-                if session is not None and status in (None, session.status)
-            ]
-        more = len(page) > limit
-        return Page(
-            [session for _, session in page[:limit]],
-            page[limit - 1][0].encode() if more else None,
-        )
+            sessions = await self._read([entry.session_id for entry in entries])
+            for entry, session in zip(entries, sessions, strict=True):
+                goes_on = listing.look(entry, session) and goes_on
+        return listing.page()
 
     def _index_keys(self, cell: str, which: SessionFilter) -> tuple[str, ...]:
-        agent_id, status = which
+        agent_id, status = which.agent_id, which.status
         index = keys.cell_keys(cell) if agent_id is None else keys.agent_keys(agent_id)
         match status:
             case None:

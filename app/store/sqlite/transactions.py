@@ -48,6 +48,7 @@ from app.store.contract import (
 )
 from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page
 from app.store.fair_share import FairShare
+from app.store.listing import Listing
 from app.store.sqlite.queries import Creation, Found, Kind, Queries
 
 RESERVED_SECS = 1
@@ -243,20 +244,32 @@ class Transactions:
     def list_all(self, which: SessionFilter, limit: int, cursor: str | None) -> Page:
         """See `SessionStore.list_all`."""
         start = FIRST if cursor is None else Cursor.decode(cursor)
-        now, (agent_id, status) = self.now(), which
+        now, listing, goes_on = self.now(), Listing(which, limit), True
+        while goes_on:
+            wanted = listing.wanted
+            sessions = self._next_sessions(which, start, wanted, now)
+            goes_on = len(sessions) == wanted
+            for session in sessions:
+                start = _cursor(session)
+                goes_on = listing.look(start, session) and goes_on
+        return listing.page()
+
+    def _next_sessions(
+        self, which: SessionFilter, start: Cursor, limit: int, now: int
+    ) -> list[Session]:
+        """The next sessions after `start` with the agent and, nearly, the status."""
         found: list[Session] = []
-        for kind, after, until in _ranges(status, start, now):
+        for kind, after, until in _ranges(which.status, start, now):
             found += self._queries.page(
                 which=kind,
                 after=after,
                 until=until,
-                agent_id=agent_id,
-                limit=limit + 1,
+                agent_id=which.agent_id,
+                limit=limit,
                 now=now,
             )
         found.sort(key=_cursor)
-        more = len(found) > limit
-        return Page(found[:limit], _cursor(found[limit - 1]).encode() if more else None)
+        return found[:limit]
 
     def get_agent(self, agent_id: str) -> AgentState:
         """See `SessionStore.get_agent`."""
