@@ -24,7 +24,9 @@ from app.main import create_app
 from app.observability.metrics import Metrics
 from app.settings import PREFIX, Settings
 from app.store.contract import Totals
-from tests.services import ROOT, StartService
+from tests import engines
+from tests.conftest import PATIENTLY
+from tests.services import ROOT, Service, StartService
 from tests.support import session_request
 
 MAX_README_LINES = 199
@@ -69,6 +71,7 @@ WITH_KEY_FILE = {
     "ARBITER_API_KEYS_FILE": "{folder}/keys",
 }
 SETTINGS = {
+    "docs/incidents.md": WITH_KEYS,
     "docs/operations.md": WITH_KEY_FILE | {"ARBITER_AUDIT_LOG": "{folder}/audit.log"},
     "docs/security.md": WITH_KEYS,
     "docs/stores.md": {"ARBITER_STORE_URL": "sqlite://{folder}/sessions.db"},
@@ -125,8 +128,32 @@ def test_the_commands_of_a_page_print_what_it_shows(
     given = SETTINGS.get(page, {})
     settings = {name: value.format(folder=tmp_path) for name, value in given.items()}
     (tmp_path / "keys").write_text(f"# {page}\n{PROXY_KEY}\n")
-    service = start_service(**settings)
-    for _ in range(2 if "ARBITER_API_KEYS" in given else 0):
+    type_in(page, settings, start_service(**settings), tmp_path)
+
+
+def test_the_runbook_works_over_sqlite(start_service: StartService, tmp_path: Path) -> None:
+    settings = WITH_KEYS | {"ARBITER_STORE_URL": f"sqlite://{tmp_path}/sessions.db"}
+    type_in("docs/incidents.md", settings, start_service(**settings), tmp_path)
+
+
+def test_the_runbook_works_over_two_replicas(
+    start_service: StartService, server: engines.Server, tmp_path: Path
+) -> None:
+    """What concerns agents and lists goes to one replica, the rest to the other."""
+    settings = WITH_KEYS | {"ARBITER_STORE_URL": server.url + PATIENTLY}
+    first, second = (start_service(**settings) for _ in range(2))
+    type_in("docs/incidents.md", settings, first, tmp_path, second)
+
+
+def type_in(
+    page: str,
+    settings: dict[str, str],
+    service: Service,
+    tmp_path: Path,
+    other: Service | None = None,
+) -> None:
+    """Type the commands of a page and compare what they print with what it shows."""
+    for _ in range(2 if "ARBITER_API_KEYS" in settings else 0):
         headers = {"authorization": f"Bearer {PROXY_TOKEN}"}
         made = httpx.post(f"{service.url}/sessions", json=session_request(), headers=headers)
         path = f"{service.url}{made.headers['location']}/calls"
@@ -134,7 +161,9 @@ def test_the_commands_of_a_page_print_what_it_shows(
     shown = "".join(blocks(page, "console"))
     commands = TYPED.findall(shown)
     script = "\n".join(f"echo '$' {number}\n{each}" for number, each in enumerate(commands))
-    script = script.replace("localhost:8000", service.url.removeprefix("http://"))
+    addresses = [each.url.removeprefix("http://") for each in (other or service, service)]
+    script = re.sub(r"localhost:8000(?=/(agents|sessions\?))", addresses[0], script)
+    script = script.replace("localhost:8000", addresses[1])
 
     typed = subprocess.run(
         ["bash", "-c", script.replace(KEY_FOLDER, str(tmp_path))],
