@@ -237,10 +237,10 @@ def _sentence(violation: Violation) -> str:
         return f"Rate window: {figures}"
     if violation.ceiling is not None:
         return f"Sensitivity: the session allows at most {violation.ceiling.value} data."
-    return (
-        "Tools: the allow-list does not cover those at the positions "
-        f"{', '.join(map(str, violation.tool_indexes))}."
-    )
+    positions = ", ".join(map(str, violation.tool_indexes))
+    if len(violation.tool_indexes) == 1:
+        return f"Tools: the one at position {positions} is not on the allow-list."
+    return f"Tools: those at positions {positions} are not on the allow-list."
 
 
 def _violation(violation: Violation) -> dict[str, Any]:

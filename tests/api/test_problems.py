@@ -41,9 +41,9 @@ async def test_a_denial_is_a_complete_problem(api: Api) -> None:
         "title": "Call budget exceeded",
         "status": 429,
         "code": "budget_exceeded",
-        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: the allow-list does not "
-        "cover those at the positions 0, 2. Sensitivity: the session allows at most internal "
-        "data. Rate window: 1 of 1 calls left, 3 requested.",
+        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: those at positions 0, 2 "
+        "are not on the allow-list. Sensitivity: the session allows at most internal data. "
+        "Rate window: 1 of 1 calls left, 3 requested.",
         "instance": "/requests/r-1",
         "request_id": "r-1",
         "retryable": False,
