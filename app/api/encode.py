@@ -298,10 +298,12 @@ def agents_response(
     return json_response(200, to_json(body), [])
 
 
-def changed_response(changed: Changed) -> RawResponse:
-    """Return the response to a change: the session after it."""
-    headers = [REPLAYED] if changed.replayed else []
-    return json_response(200, encode_session(changed.session), headers)
+def changed_response(outcome: Changed | Denied, request: StrictRequest) -> RawResponse:
+    """Return the response to a change: the session after it, or a problem."""
+    if isinstance(outcome, Denied):
+        return denied_response(outcome, request)
+    headers = [REPLAYED] if outcome.replayed else []
+    return json_response(200, encode_session(outcome.session), headers)
 
 
 def page_response(page: Page) -> RawResponse:

@@ -176,10 +176,7 @@ async def close_session(
     request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
 ) -> RawResponse:
     """Close a session for good, even an expired one. Closing it twice is a conflict."""
-    outcome = await service.close_session(session_id, actor)
-    if isinstance(outcome, Denied):
-        return denied_response(outcome, request)
-    return changed_response(outcome)
+    return changed_response(await service.close_session(session_id, actor), request)
 
 
 _CHANGE = (SESSION_NOT_FOUND, SESSION_CLOSED, SESSION_EXPIRED)
@@ -219,9 +216,7 @@ async def update_session(
         )
     except GrantExceedsKey as error:
         raise grant_exceeds_key(error.limits) from None
-    if isinstance(outcome, Denied):
-        return denied_response(outcome, request)
-    return changed_response(outcome)
+    return changed_response(outcome, request)
 
 
 @router.post(
@@ -238,10 +233,7 @@ async def pause_session(
 ) -> RawResponse:
     """Hold a session: it admits no calls until it is resumed. Its time goes on. Pausing it
     twice changes nothing."""
-    outcome = await service.pause_session(session_id, actor)
-    if isinstance(outcome, Denied):
-        return denied_response(outcome, request)
-    return changed_response(outcome)
+    return changed_response(await service.pause_session(session_id, actor), request)
 
 
 @router.post(
@@ -258,7 +250,4 @@ async def resume_session(
 ) -> RawResponse:
     """Let a paused session admit calls again. Resuming one that is not paused changes
     nothing."""
-    outcome = await service.resume_session(session_id, actor)
-    if isinstance(outcome, Denied):
-        return denied_response(outcome, request)
-    return changed_response(outcome)
+    return changed_response(await service.resume_session(session_id, actor), request)
