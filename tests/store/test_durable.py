@@ -14,8 +14,15 @@ import pytest
 from app.domain.admission import Admitted, Denied
 from app.domain.advice import DenialCode
 from app.domain.errors import SessionLimitReached
+from app.domain.lifecycle import Amendment, Changed, amend, pause
 from app.domain.session import DataSensitivity, Session, SessionStatus
-from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.contract import (
+    ChangeKey,
+    IdempotencyKey,
+    SessionFilter,
+    SessionStore,
+    StoreLimits,
+)
 from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,
@@ -157,6 +164,36 @@ async def test_retries_are_replayed_after_a_restart(reopen: Reopen, crash: bool)
     after = await store.get(session_id)
     assert after is not None
     assert after.usage.calls_made == 2
+
+
+async def test_changes_survive_a_restart(reopen: Reopen, crash: bool) -> None:
+    store = await reopen()
+    changed, held = await opened(store), await opened(store)
+    key = ChangeKey("ops", "k", "add five")
+    more = amend(Amendment(add_calls=5, remove_tools=("read_file",)), 10**6)
+    await store.change(changed.session_id, more, key)
+    await store.change(held.session_id, pause)
+    await store.freeze(OTHER_AGENT, "why", "ops")
+
+    store = await reopen(crash=crash)
+
+    again = await store.change(changed.session_id, more, key)
+    assert isinstance(again, Changed)
+    assert again.replayed
+    assert again.session.grant.call_budget == changed.grant.call_budget + 5
+    for session, code in (
+        (changed, DenialCode.TOOL_NOT_AUTHORIZED),
+        (held, DenialCode.SESSION_PAUSED),
+    ):
+        denied = await store.record(session.session_id, a_call())
+        assert isinstance(denied, Denied)
+        assert denied.code is code
+    refused = await create(store, a_grant(agent_id=OTHER_AGENT))
+    assert isinstance(refused, Denied)
+    assert refused.code is DenialCode.AGENT_FROZEN
+    ((frozen, freeze),) = (await store.list_frozen(limit=9)).agents
+    assert (frozen, freeze.reason, freeze.by) == (OTHER_AGENT, "why", "ops")
+    assert await store.totals() == (1, 1, 1)
 
 
 async def test_the_kill_switch_survives_a_restart(reopen: Reopen, crash: bool) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -14,9 +14,11 @@ import pytest
 
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
+from app.domain.lifecycle import pause
 from app.domain.session import Session, SessionStatus
-from app.store.contract import IdempotencyKey, StoreLimits
+from app.store.contract import ChangeKey, IdempotencyKey, StoreLimits
 from app.store.redis.client import Step
+from app.store.redis.scripts import DUE
 from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl
 from tests.engines import Server
@@ -219,6 +221,41 @@ class TestKeys:
 
         assert len(made) == 50
         assert {uuid.UUID(each).version for each in made} == {4}
+
+
+class TestRoundTrips:
+    @pytest.mark.parametrize(
+        ("verb", "most"),
+        [
+            (lambda store, at: store.record(at, a_call()), 1),
+            (lambda store, at: store.change(at, pause), 2),
+            (lambda store, at: store.change(at, pause, ChangeKey("a", "b", "c")), 2),
+            (lambda store, _: store.freeze(AGENT, "", "ops"), 1),
+            (lambda store, _: store.unfreeze(AGENT), 1),
+            (lambda store, _: create(store), 1),
+        ],
+        ids=["call", "change", "keyed change", "freeze", "unfreeze", "creation"],
+    )
+    async def test_a_verb_takes_no_more_scripts_than_promised(
+        self,
+        store: RedisStore,
+        monkeypatch: pytest.MonkeyPatch,
+        verb: Callable[[RedisStore, str], Awaitable[object]],
+        most: int,
+    ) -> None:
+        session = await opened(store)
+        submit, sent = store._client.submit, []
+
+        def count(step: Step) -> asyncio.Future[Any]:
+            sent.append(step)
+            return submit(step)
+
+        monkeypatch.setattr(store._client, "submit", count)
+        await verb(store, session.session_id)
+        # The regular survey asks every cell for what is due.
+        scripts = [step.script for step in sent if step.script is not DUE]
+
+        assert len(scripts) == most
 
 
 class TestLayout:
