@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from app.api.problem_types import AGENT_MESSAGES, DENIALS
 from app.domain.admission import Admitted, Denied, Violation
-from app.domain.advice import DenialCode
+from app.domain.advice import DenialCode, NextAction
 from app.domain.lifecycle import Changed
 from app.domain.session import MICROSECONDS, AgentState, Grant, Session, Terms
 from app.domain.tools import AllowList
@@ -180,8 +180,8 @@ def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
     }
     headers: Headers = []
     detail = None
-    if denied.violations:
-        detail = " ".join(map(_sentence, denied.violations))
+    if denied.violations and denied.session is not None:
+        detail = _sentences(denied, denied.session)
         members["agent_message"] = AGENT_MESSAGES[denied.next_action]
     if denied.retry_after_secs is not None:
         members["retry_after_secs"] = denied.retry_after_secs
@@ -222,25 +222,33 @@ def _closing(terms: Terms, caller: Caller, members: dict[str, Any]) -> str:
     members["closed_by"] = "kill_switch" if by.kill_switch else "close"
     if by.actor and caller.may((Scope.OPERATE,)):
         members["closed_by_key"] = by.actor
-    together = " together with all active sessions of its agent" if by.kill_switch else ""
-    return f"The session was closed at {closed_at}{together}."
+    how = "with all sessions of its agent" if by.kill_switch else "alone, by a request"
+    return f"The session was closed at {closed_at}, {how}."
 
 
-def _sentence(violation: Violation) -> str:
-    """What a violation is about, with its figures."""
+def _sentences(denied: Denied, session: Session) -> str:
+    """What the violations are about, with their figures."""
+    found = [_sentence(each, session.grant) for each in denied.violations]
+    if denied.next_action is NextAction.ASK_OPERATOR:
+        found.append("A new session on the same terms would refuse it too.")
+    return " ".join(found)
+
+
+def _sentence(violation: Violation, grant: Grant) -> str:
     limit, used = violation.limit, violation.used
     if limit is not None and used is not None:
         left = max(0, limit - used)
         figures = f"{left} of {limit} calls left, {violation.requested} requested."
         if violation.code is DenialCode.BUDGET_EXCEEDED:
             return f"Call budget: {figures}"
-        return f"Rate window: {figures}"
+        return f"Rate window of {grant.rate_limit_window_secs} s: {figures}"
     if violation.ceiling is not None:
-        return f"Sensitivity: the session allows at most {violation.ceiling.value} data."
+        asked = "" if violation.tier is None else f", {violation.tier.value} requested"
+        return f"Sensitivity: at most {violation.ceiling.value} data allowed{asked}."
+    if violation.requested == 1:
+        return "Tools: the tool is not on the allow-list."
     positions = ", ".join(map(str, violation.tool_indexes))
-    if len(violation.tool_indexes) == 1:
-        return f"Tools: the one at position {positions} is not on the allow-list."
-    return f"Tools: those at positions {positions} are not on the allow-list."
+    return f"Tools: not on the allow-list are those at the positions {positions}, from 0."
 
 
 def _violation(violation: Violation) -> dict[str, Any]:

@@ -13,7 +13,7 @@ SESSION_NOT_FOUND = ProblemType(
     "session_not_found",
     404,
     "Session not found",
-    "There is no session with this id.",
+    "There is no session with this id. Ended sessions are removed after a while.",
     "Check the id: 36 characters, lower case. Ended sessions are removed after "
     "ARBITER_RETENTION_SECS, and a memory store loses all sessions in a restart. Create a new "
     "session if the task should continue.",
@@ -51,9 +51,9 @@ AGENT_FROZEN = ProblemType(
     "agent_frozen",
     403,
     "Agent frozen",
-    "The agent is frozen: everything that it does is denied until it is unfrozen.",
-    "An operator has stopped this agent. GET /agents/AGENT says since when and why, and DELETE "
-    "/agents/AGENT/freeze lifts it. Its sessions are not closed.",
+    "An operator has frozen the agent: everything that it does is denied until it is unfrozen. "
+    "GET /agents/AGENT says since when, and why.",
+    "DELETE /agents/AGENT/freeze lifts it. Its sessions are not closed.",
     "Everything that this agent does has been stopped for now; ask a person.",
     next_action=NextAction.ASK_OPERATOR.value,
 )
@@ -121,7 +121,7 @@ TOO_MANY_SESSIONS = ProblemType(
     "The agent has reached this server's cap on active sessions.",
     "Close a session that is no longer needed, or wait for one to expire. The cap is "
     "ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT.",
-    "This agent has too many open tasks; finish one first.",
+    "This agent has too many open tasks; finish one first, or ask a person.",
 )
 IDEMPOTENCY_CONFLICT = ProblemType(
     "idempotency_conflict",
@@ -145,12 +145,12 @@ GRANT_EXCEEDS_KEY = ProblemType(
 )
 
 AGENT_MESSAGES = {
-    NextAction.WAIT: "This task is calling tools too fast; wait a moment and try again.",
+    NextAction.WAIT: "This task is calling tools too fast; wait before you try again.",
     NextAction.SPLIT_BATCH: "That is too many calls at once; make fewer at a time.",
     NextAction.USE_AUTHORIZED_TOOL: "This tool is not available in this task; use one of the "
     "tools that are.",
-    NextAction.LOWER_SENSITIVITY: "This data is too sensitive for this task; work with less "
-    "sensitive data.",
+    NextAction.LOWER_SENSITIVITY: "This data is too sensitive for this task; use other data, "
+    "or ask a person.",
     NextAction.NEW_SESSION: "No more calls are possible in this task; a new session is needed "
     "to continue.",
     NextAction.ASK_OPERATOR: "This task does not allow that; stop and ask a person.",

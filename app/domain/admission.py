@@ -54,6 +54,8 @@ class Violation(NamedTuple):
     used: int | None = None
     requested: int | None = None
     ceiling: DataSensitivity | None = None
+    tier: DataSensitivity | None = None
+    """The tier that the request has."""
     tool_indexes: tuple[int, ...] = ()
     """Positions in the batch, from 0, of the unauthorised tools."""
 
@@ -190,17 +192,18 @@ def denial(session: Session, calls: int, violations: tuple[Violation, ...]) -> D
 
 
 def violation(
-    code: DenialCode, session: Session, calls: int, tool_indexes: tuple[int, ...] = ()
+    code: DenialCode, session: Session, admission: Admission, tool_indexes: tuple[int, ...] = ()
 ) -> Violation:
-    """A violation of one of rules 7 to 10 by `calls` calls. `session` is as of now."""
-    grant = session.grant
+    """A violation of one of rules 7 to 10 by `admission`. `session` is as of now."""
+    grant, calls = session.grant, len(admission.tool_names)
     if code is DenialCode.BUDGET_EXCEEDED:
         return Violation(code, grant.call_budget, session.usage.calls_made, calls)
     if code is DenialCode.RATE_LIMITED:
         return Violation(code, grant.rate_limit_per_minute, session.window_calls_used, calls)
     if code is DenialCode.SENSITIVITY_EXCEEDED:
-        return Violation(code, ceiling=grant.data_sensitivity_ceiling)
-    return Violation(code, tool_indexes=tool_indexes)
+        ceiling, tier = grant.data_sensitivity_ceiling, admission.data_sensitivity
+        return Violation(code, ceiling=ceiling, tier=tier)
+    return Violation(code, requested=calls, tool_indexes=tool_indexes)
 
 
 def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]:
@@ -208,17 +211,19 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
     n = len(admission.tool_names)
     found = []
     if session.usage.calls_made + n > grant.call_budget:
-        found.append(violation(DenialCode.BUDGET_EXCEEDED, session, n))
+        found.append(violation(DenialCode.BUDGET_EXCEEDED, session, admission))
     allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
     unauthorized = tuple(
         index for index, name in enumerate(admission.tool_names) if not allowed[name]
     )
     if unauthorized:
-        found.append(violation(DenialCode.TOOL_NOT_AUTHORIZED, session, n, unauthorized))
+        found.append(
+            violation(DenialCode.TOOL_NOT_AUTHORIZED, session, admission, unauthorized)
+        )
     tier = admission.data_sensitivity
     if tier is not None and tier.exceeds(grant.data_sensitivity_ceiling):
-        found.append(violation(DenialCode.SENSITIVITY_EXCEEDED, session, n))
+        found.append(violation(DenialCode.SENSITIVITY_EXCEEDED, session, admission))
     limit = grant.rate_limit_per_minute
     if limit is not None and session.window_calls_used + n > limit:
-        found.append(violation(DenialCode.RATE_LIMITED, session, n))
+        found.append(violation(DenialCode.RATE_LIMITED, session, admission))
     return tuple(found)

@@ -219,7 +219,8 @@ class Authenticator:
         proven = compare_digest(digest, first) | compare_digest(digest, second)
         if not proven or caller is None or scheme.lower() != b"bearer":
             raise Unauthenticated(
-                "The API key is not valid. Send Authorization: Bearer <name>.<secret>"
+                "The API key is not valid: its name or its secret is unknown here. Send "
+                "Authorization: Bearer <name>.<secret>"
             )
         return caller
 

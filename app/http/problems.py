@@ -255,9 +255,9 @@ class Repeat(Enum):
 
 
 _HOW_TO_FIND_OUT = (
-    "The request may have been recorded. Do not repeat it: read the session first, whose "
-    "calls_made tells whether the calls were counted, or for a creation, list the agent's "
-    "sessions."
+    "The request may have been recorded, but nothing was allowed: let no call through, and do "
+    "not repeat it. To find out, read the session: calls_made has grown if it was counted; for "
+    "a creation, list the agent's sessions. With an Idempotency-Key a repetition is safe."
 )
 _UNKNOWN_DETAILS = {
     Repeat.HARMLESS: "The request may have taken effect. Repeating it is safe.",
@@ -299,6 +299,8 @@ def invalid_fields(errors: list[dict[str, str]]) -> Refused:
     members: dict[str, Any] = {"errors": errors}
     if any(each["field"].partition("/")[0] in _TOOL_FIELDS for each in errors):
         members["agent_message"] = "There is no tool with this name; use a tool's exact name."
+        # Not the program's mistake: an agent chose the name.
+        members["next_action"] = "use_authorized_tool"
     return Refused(VALIDATION_FAILED, members=members)
 
 
@@ -352,7 +354,9 @@ def _transient_response(
             members["next_action"] = "retry_with_same_key"
         elif repeat is Repeat.MAY_COUNT_TWICE:
             members |= {"retryable": False, "next_action": "stop"}
-            members["agent_message"] = "It is not known whether this call was made; stop here."
+            members["agent_message"] = (
+                "This call could not be checked, so it was not made; stop here."
+            )
     return problem_response(kind, request_id, detail, members, [])
 
 

@@ -21,7 +21,8 @@ _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}
 _PAST = {"freeze": "frozen", "unfreeze": "unfrozen"}
 
 LINES_PER_SEC = 10
-"""Log lines about denials and refusals of one code in a second."""
+"""Log lines about creations, about closings, and about denials and refusals of one code in a
+second. The audit log has all of them."""
 
 MAX_TOOLS_LOGGED = 8
 
@@ -101,16 +102,17 @@ class Events:
             )
         if not decision.replayed:
             self._metrics.created += 1
-            self._log.info(
-                "session created",
-                request_id=actor.request_id,
-                caller=actor.caller,
-                session_id=short(session.session_id),
-                agent_id=short(agent_id),
-                call_budget=session.grant.call_budget,
-                time_limit_secs=session.grant.time_limit_secs,
-                tools=len(session.grant.authorized_tools.entries),
-            )
+            if self._limit.admits("session created"):
+                self._log.info(
+                    "session created",
+                    request_id=actor.request_id,
+                    caller=actor.caller,
+                    session_id=short(session.session_id),
+                    agent_id=short(agent_id),
+                    call_budget=session.grant.call_budget,
+                    time_limit_secs=session.grant.time_limit_secs,
+                    tools=len(session.grant.authorized_tools.entries),
+                )
 
     def decided(
         self,
@@ -242,14 +244,15 @@ class Events:
         if self._audit is not None:
             self._audit.note("close", "done", actor, session_id=session_id, session=session)
         self._metrics.ended["closed"] += 1
-        self._log.info(
-            "session closed",
-            request_id=actor.request_id,
-            caller=actor.caller,
-            session_id=short(session.session_id),
-            agent_id=short(session.grant.agent_id),
-            calls_made=session.usage.calls_made,
-        )
+        if self._limit.admits("session closed"):
+            self._log.info(
+                "session closed",
+                request_id=actor.request_id,
+                caller=actor.caller,
+                session_id=short(session.session_id),
+                agent_id=short(session.grant.agent_id),
+                calls_made=session.usage.calls_made,
+            )
 
     def refused(self, code: str, actor: Actor, client: str) -> None:
         """Report a request that was refused before it reached the service, from the network

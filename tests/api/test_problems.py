@@ -41,9 +41,10 @@ async def test_a_denial_is_a_complete_problem(api: Api) -> None:
         "title": "Call budget exceeded",
         "status": 429,
         "code": "budget_exceeded",
-        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: those at positions 0, 2 "
-        "are not on the allow-list. Sensitivity: the session allows at most internal data. "
-        "Rate window: 1 of 1 calls left, 3 requested.",
+        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: not on the "
+        "allow-list are those at the positions 0, 2, from 0. Sensitivity: at most internal "
+        "data allowed, restricted requested. Rate window of 60 s: 1 of 1 calls left, 3 "
+        "requested.",
         "instance": "/requests/r-1",
         "request_id": "r-1",
         "retryable": False,
@@ -236,7 +237,10 @@ async def test_a_name_that_is_no_tool_has_a_sentence_for_the_agent(api: Api) -> 
 
     problem = (await api.call(session["session_id"], "read file")).json()
 
-    assert (problem["code"], problem["next_action"]) == ("validation_failed", "fix_request")
+    assert (problem["code"], problem["next_action"]) == (
+        "validation_failed",
+        "use_authorized_tool",
+    )
     assert (
         problem["agent_message"] == "There is no tool with this name; use a tool's exact name."
     )

@@ -133,7 +133,9 @@ def test_a_call_without_a_tier_skips_the_sensitivity_rule() -> None:
 def test_a_denial_lists_every_position_of_an_unauthorised_tool() -> None:
     denial = denied(session(), a_batch("read_file", "rm", "list_dir", "rm"))
 
-    assert denial.violations == (Violation(Code.TOOL_NOT_AUTHORIZED, tool_indexes=(1, 3)),)
+    assert denial.violations == (
+        Violation(Code.TOOL_NOT_AUTHORIZED, requested=4, tool_indexes=(1, 3)),
+    )
     assert denial.next_action is NextAction.USE_AUTHORIZED_TOOL
 
 

@@ -125,11 +125,11 @@ def decision(
     if unusable is not None:
         return unusable
     codes, positions = reply[6:]
-    calls = len(admission.tool_names)
     violations = tuple(
-        violation(DenialCode(code.decode()), session, calls, tuple(positions)) for code in codes
+        violation(DenialCode(code.decode()), session, admission, tuple(positions))
+        for code in codes
     )
-    return denial(session, calls, violations)
+    return denial(session, len(admission.tool_names), violations)
 
 
 def freeze(text: bytes) -> Freeze | None:
