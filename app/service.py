@@ -33,7 +33,6 @@ from app.store.codec import to_text
 from app.store.contract import (
     ChangeKey,
     CreationKey,
-    FrozenAgents,
     IdempotencyKey,
     InvalidCursor,
     Page,
@@ -236,10 +235,17 @@ class SessionService:
         """The agent as it is now. One never seen has no sessions and is not frozen."""
         return await self._store.get_agent(agent_id)
 
-    async def list_frozen_agents(self, *, limit: int, cursor: str | None) -> FrozenAgents:
-        """A page of frozen agents. Raises `InvalidField` for a cursor that is not valid."""
+    async def list_frozen_agents(
+        self, *, limit: int, cursor: str | None
+    ) -> tuple[list[tuple[str, AgentState]], str | None]:
+        """A page of frozen agents as they are now, and the next cursor. Raises `InvalidField`
+        for a cursor that is not valid."""
         with _checking_cursor():
-            return await self._store.list_frozen(limit=limit, cursor=cursor)
+            page = await self._store.list_frozen(limit=limit, cursor=cursor)
+        # At once, so that a store sends or commits them together.
+        states = await asyncio.gather(*(self._store.get_agent(each) for each, _ in page.agents))
+        agents = [each for each, _ in page.agents]
+        return list(zip(agents, states, strict=True)), page.next_cursor
 
     async def freeze_agent(self, agent_id: str, reason: str, actor: Actor) -> AgentState:
         """Deny everything to the agent until it is unfrozen."""

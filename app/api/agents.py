@@ -66,9 +66,8 @@ async def list_agents(
     """List the frozen agents in the order of their ids."""
     if not frozen:
         raise invalid_field("query", "frozen", "must be true; only frozen agents are listed")
-    page = await service.list_frozen_agents(limit=limit, cursor=cursor)
-    states = [(agent_id, await service.get_agent(agent_id)) for agent_id, _ in page.agents]
-    return agents_response(states, page.next_cursor)
+    agents, next_cursor = await service.list_frozen_agents(limit=limit, cursor=cursor)
+    return agents_response(agents, next_cursor)
 
 
 @router.put(
