@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
+from app.api.document import for_openapi_3_0
 from app.api.problem_types import PROBLEM_TYPES
 from app.api.schemas import canonical_uuid
 from app.domain.errors import StoreUnusable
@@ -78,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="print the settings, secrets redacted")
     config.set_defaults(run=_config)
     openapi = commands.add_parser("openapi", help="print the OpenAPI document")
+    openapi.add_argument(
+        "--spec",
+        choices=["3.1", "3.0"],
+        default="3.1",
+        help="the version of OpenAPI, for tools that do not know 3.1 (the default)",
+    )
     openapi.set_defaults(run=_openapi)
     keys = commands.add_parser("keys", help="make API keys")
     new = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
@@ -268,8 +275,11 @@ def _config(_: argparse.Namespace) -> int:
     return 0
 
 
-def _openapi(_: argparse.Namespace) -> int:
-    print(json.dumps(create_app(Settings.model_construct()).framework.openapi(), indent=2))
+def _openapi(chosen: argparse.Namespace) -> int:
+    document = create_app(Settings.model_construct()).framework.openapi()
+    if chosen.spec == "3.0":
+        document = for_openapi_3_0(document)
+    print(json.dumps(document, indent=2))
     return 0
 
 

@@ -6,7 +6,13 @@ from fastapi import APIRouter
 
 from app.api.dependencies import DryRun, Idempotency, Minimal, RequestActor, Service, SessionId
 from app.api.encode import admitted_response, denied_response
-from app.api.openapi import ALWAYS, RATE_HEADERS, WITH_BODY, problem_responses
+from app.api.openapi import (
+    ALWAYS,
+    MINIMAL_HEADERS,
+    RATE_HEADERS,
+    WITH_BODY,
+    problem_responses,
+)
 from app.api.problem_types import (
     AGENT_FROZEN,
     AGENT_MISMATCH,
@@ -43,7 +49,11 @@ _ADMISSION = problem_responses(
     *ALWAYS,
 ) | {
     200: {"description": "Admitted and counted.", "headers": RATE_HEADERS},
-    204: {"description": "Admitted and counted, without a body.", "headers": RATE_HEADERS},
+    204: {
+        "description": "Admitted and counted, without a body. Only with Prefer: "
+        "return=minimal: a client that does not send it need not expect this.",
+        "headers": MINIMAL_HEADERS,
+    },
 }
 
 

@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from app import __version__
 from app.api import admission, agents, operations, sessions
-from app.api.openapi import build_document
+from app.api.document import build_document
 from app.api.problem_types import DENIALS
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher, StartSpan

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE, canonical_uuid
 from app.domain.session import MAX_INT32
-from app.http.headers import idempotency_key, wants_minimal
+from app.http.headers import MAX_IDEMPOTENCY_KEY_CHARS, idempotency_key, wants_minimal
 from app.http.problems import invalid_field
 from app.http.request import StrictRequest
 from app.observability.audit import Actor
@@ -21,6 +21,8 @@ from app.store.contract import IdempotencyKey
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 100
+MAX_CURSOR_CHARS = 128
+"""Documentation: the longest cursor has 76 characters, and clients treat it as opaque."""
 
 
 def flag(value: Any) -> Any:
@@ -85,6 +87,12 @@ def _idempotency(
             alias="Idempotency-Key",
             description="1 to 255 printable ASCII characters. A retry with the same key gets "
             "the first admitted response again and costs nothing.",
+            json_schema_extra={
+                "minLength": 1,
+                "maxLength": MAX_IDEMPOTENCY_KEY_CHARS,
+                "pattern": "^[ -~]+$",
+            },
+            examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
         ),
     ] = None,
 ) -> IdempotencyKey | None:
@@ -98,7 +106,12 @@ def _minimal(
     request: StrictRequest,
     _: Annotated[
         str | None,
-        Header(alias="Prefer", description="return=minimal asks for 204 without a body."),
+        Header(
+            alias="Prefer",
+            description="return=minimal asks for 204 without a body. Without it, or with "
+            "return=representation, the response is the session.",
+            json_schema_extra={"enum": ["return=minimal", "return=representation"]},
+        ),
     ] = None,
 ) -> bool:
     return request.has_header(b"prefer") and wants_minimal(request.header_texts(b"prefer"))
@@ -150,7 +163,17 @@ Digits = Annotated[
     Field(ge=0, le=MAX_INT32, json_schema_extra={"format": "int32"}),
     BeforeValidator(_digits),
 ]
-ListCursor = Annotated[str | None, Query(description="next_cursor of the previous page.")]
+ListCursor = Annotated[
+    str | None,
+    Query(
+        description="next_cursor of the previous page. Absent for the first page.",
+        json_schema_extra={
+            "minLength": 1,
+            "maxLength": MAX_CURSOR_CHARS,
+            "pattern": "^[A-Za-z0-9_=-]+$",
+        },
+    ),
+]
 Limit = Annotated[
     int,
     Field(ge=1, le=MAX_PAGE, json_schema_extra={"format": "int32"}),

@@ -1,54 +1,54 @@
-"""The OpenAPI document: descriptions that routes share, and changes to FastAPI's document that
-make generated clients pleasant to use."""
+"""What routes say about themselves in the OpenAPI document: problems, headers, links."""
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
 from app.api.problem_types import (
+    AGENT_MESSAGES,
+    AGENT_MISMATCH,
     BUDGET_EXCEEDED,
+    DENIALS,
     GRANT_EXCEEDS_KEY,
     IDEMPOTENCY_CONFLICT,
+    PROBLEM_TYPES,
     RATE_LIMITED,
+    REVISION_CONFLICT,
+    SENSITIVITY_EXCEEDED,
+    SESSION_CLOSED,
+    SESSION_EXPIRED,
+    TOO_MANY_SESSIONS,
     TOOL_NOT_AUTHORIZED,
     ProblemCode,
 )
-from app.api.schemas import Count, Violation
+from app.api.schemas import SESSION_ID_EXAMPLE, Count, Violation
 from app.domain.advice import NextAction
 from app.domain.session import MAX_INT32
 from app.http.problems import (
+    HEADERS_TOO_LARGE,
     INSUFFICIENT_SCOPE,
     INTERNAL_ERROR,
     MALFORMED_JSON,
+    MALFORMED_REQUEST,
+    METHOD_NOT_ALLOWED,
+    MISDIRECTED_REQUEST,
+    NOT_FOUND,
+    OVERLOADED,
     PAYLOAD_TOO_LARGE,
+    REQUEST_TIMEOUT,
+    SHUTTING_DOWN,
     STORE_UNAVAILABLE,
     UNAUTHENTICATED,
     UNSUPPORTED_MEDIA_TYPE,
     VALIDATION_FAILED,
     ProblemType,
+    problem_response,
 )
-
-TAGS = [
-    {"name": "sessions", "description": "Issue and end task sessions."},
-    {"name": "admission", "description": "Ask before each tool call, and count it."},
-    {"name": "agents", "description": "All sessions of an agent, and the kill switch."},
-    {"name": "operations", "description": "Health, metrics, and what a replica knows."},
-]
-
-_DESCRIPTION = """\
-Before an agent proxy lets a tool call through, it asks here: may this session make this
-call now? If so, the call is counted in the same atomic step. A denial changes nothing.
-
-Every error is an RFC 9457 problem. Programs should act on `code`. `agent_message` is safe
-to show to the agent.
-"""
-
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -127,115 +127,111 @@ WITH_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, IDEMPOTE
 CHANGE_BODY = (MALFORMED_JSON, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE)
 """Further problems of routes that take a body."""
 
+_ANYWHERE = (
+    REQUEST_TIMEOUT,
+    HEADERS_TOO_LARGE,
+    MISDIRECTED_REQUEST,
+    NOT_FOUND,
+    METHOD_NOT_ALLOWED,
+    OVERLOADED,
+    SHUTTING_DOWN,
+)
+"""Problems that the server responds with before it looks for a route. They are described with
+the others of their status, or else under `default`."""
+
 
 def problem_responses(*kinds: ProblemType) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that can respond with these problems."""
-    found: dict[int | str, dict[str, Any]] = {}
-    for kind in kinds:
-        response = found.setdefault(
-            kind.status,
-            {
-                "description": kind.title,
-                "content": {
-                    "application/problem+json": {
-                        "schema": {"$ref": "#/components/schemas/Problem"},
-                        "examples": {},
-                    }
-                },
-                "headers": {"X-Request-Id": _header("The id of this request.")},
-            },
-        )
-        if kind.status in (429, 503):
-            response["headers"]["Retry-After"] = _header(
-                "Seconds to wait, if the same request can succeed then.", "integer"
-            )
-        response["content"]["application/problem+json"]["examples"][kind.code] = {
-            "summary": kind.title,
-            "value": _example(kind),
-        }
+    by_status: dict[int | str, list[ProblemType]] = {}
+    for kind in (*kinds, MALFORMED_REQUEST):
+        by_status.setdefault(kind.status, []).append(kind)
+    for kind in _ANYWHERE:
+        status = kind.status if kind.status in by_status else "default"
+        if kind not in by_status.setdefault(status, []):
+            by_status[status].append(kind)
+    found = {status: _problem_response(status, *each) for status, each in by_status.items()}
+    # Generated clients read an error whose status is not listed as this.
+    found["default"]["description"] = f"Any other problem. {found['default']['description']}"
     return found
 
 
-def _example(kind: ProblemType) -> dict[str, Any]:
-    example: dict[str, Any] = {
-        "type": kind.path,
-        "title": kind.title,
-        "status": kind.status,
-        "code": kind.code,
-        "detail": kind.detail,
-        "instance": "/requests/4f1d2c3b5a69-2a",
-        "request_id": "4f1d2c3b5a69-2a",
-        "retryable": kind.retryable,
-        "next_action": kind.next_action,
-    }
-    if kind.agent_message is not None:
-        example["agent_message"] = kind.agent_message
-    return example | _DENIAL_EXAMPLES.get(kind, {})
-
-
-_DENIAL_EXAMPLES: dict[ProblemType, dict[str, Any]] = {
-    BUDGET_EXCEEDED: {
-        "retryable": False,
-        "next_action": NextAction.NEW_SESSION.value,
-        "violations": [{"code": "budget_exceeded", "limit": 100, "used": 100, "requested": 1}],
-        "limit": 100,
-        "used": 100,
-        "requested": 1,
-    },
-    TOOL_NOT_AUTHORIZED: {
-        "retryable": False,
-        "next_action": NextAction.USE_AUTHORIZED_TOOL.value,
-        "violations": [{"code": "tool_not_authorized", "tool_indexes": [0]}],
-    },
-    RATE_LIMITED: {
-        "retryable": True,
-        "retry_after_secs": 12,
-        "next_action": NextAction.WAIT.value,
-        "violations": [{"code": "rate_limited", "limit": 60, "used": 60, "requested": 1}],
-        "limit": 60,
-        "used": 60,
-        "requested": 1,
-    },
-    GRANT_EXCEEDS_KEY: {
-        "retryable": False,
-        "errors": [
-            {
-                "in": "body",
-                "field": "call_budget",
-                "detail": "This key may grant at most 1000 calls.",
+def _problem_response(status: int | str, *kinds: ProblemType) -> dict[str, Any]:
+    headers = ["X-Request-Id", "X-Should-Retry"]
+    if UNAUTHENTICATED in kinds or INSUFFICIENT_SCOPE in kinds:
+        headers.append("WWW-Authenticate")
+    if status in (429, 503, "default"):
+        headers.append("Retry-After")
+    if RATE_LIMITED in kinds:
+        headers += ["RateLimit-Policy", "RateLimit"]
+    return {
+        "description": " ".join(f"`{kind.code}`: {kind.title}." for kind in kinds),
+        "content": {
+            "application/problem+json": {
+                "schema": {"$ref": "#/components/schemas/Problem"},
+                "examples": {
+                    kind.code: {"$ref": f"#/components/examples/{kind.code}"} for kind in kinds
+                },
             }
-        ],
+        },
+        "headers": headers_named(*headers),
+    }
+
+
+def headers_named(*names: str) -> dict[str, Any]:
+    """Return the `headers` of a response that has these of `HEADERS`."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _header(description: str, example: str, **more: Any) -> dict[str, Any]:
+    schema = {"type": "string", **more}
+    return {"description": description, "schema": schema, "example": example}
+
+
+HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": _header(
+        "The id of this request: the one that was sent, or a new one.",
+        "4f1d2c3b5a69-2a",
+        pattern="^[A-Za-z0-9._-]{1,64}$",
+    ),
+    "X-Should-Retry": _header(
+        "Whether the same request can succeed later, as `retryable` in the body.",
+        "false",
+    ),
+    "WWW-Authenticate": _header(
+        "How to authenticate, on 401 and `insufficient_scope` (RFC 6750, section 3).", "Bearer"
+    ),
+    "Retry-After": {
+        "description": "Seconds to wait, if the same request can succeed then.",
+        "schema": {"type": "integer", "format": "int32", "minimum": 1, "maximum": MAX_INT32},
+        "example": 12,
     },
-    VALIDATION_FAILED: {
-        "errors": [
-            {"in": "body", "field": "call_budget", "detail": "Input should be a valid integer"}
-        ]
-    },
+    "RateLimit-Policy": _header(
+        "The limits: `q` calls, for a window in `w` seconds. "
+        "On 429, only for `budget_exceeded` and `rate_limited`.",
+        '"budget";q=100, "window";q=60;w=60',
+    ),
+    "RateLimit": _header(
+        "What is left of them: `r` calls, and `t` seconds until the window has elapsed. "
+        "On 429, only for `budget_exceeded` and `rate_limited`.",
+        '"budget";r=57, "window";r=3;t=12',
+    ),
+    "Idempotency-Replayed": _header(
+        "true if this repeats the response to an earlier request with the same key.",
+        "true",
+    ),
+    "Preference-Applied": _header(
+        "Which preference was honoured (RFC 7240, section 3).",
+        "return=minimal",
+    ),
+    "Location": _header("The path of the session.", f"/sessions/{SESSION_ID_EXAMPLE}"),
 }
+"""The headers of responses."""
 
-
-def _header(description: str, kind: str = "string") -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": kind}
-    if kind == "integer":
-        schema |= {"format": "int32", "minimum": 1, "maximum": MAX_INT32}
-    return {"description": description, "schema": schema}
-
-
-RATE_HEADERS = {
-    "RateLimit-Policy": _header('The limits, such as "budget";q=100, "window";q=60;w=60'),
-    "RateLimit": _header('What is left of them, such as "budget";r=57, "window";r=3;t=12'),
-    "Idempotency-Replayed": _header("true if this repeats an earlier response."),
-    "X-Request-Id": _header("The id of this request."),
-}
-CREATED_HEADERS = {
-    "Location": _header("The path of the session."),
-    "Idempotency-Replayed": _header("true if this repeats an earlier response."),
-    "X-Request-Id": _header("The id of this request."),
-}
-CHANGED_HEADERS = {
-    "Idempotency-Replayed": _header("true if this repeats an earlier change."),
-    "X-Request-Id": _header("The id of this request."),
-}
+_ADMITTED = ("RateLimit-Policy", "RateLimit", "Idempotency-Replayed")
+RATE_HEADERS = headers_named(*_ADMITTED)
+MINIMAL_HEADERS = headers_named(*_ADMITTED, "Preference-Applied")
+CREATED_HEADERS = headers_named("Location", "Idempotency-Replayed")
+CHANGED_HEADERS = headers_named("Idempotency-Replayed")
 SESSION_LINKS = {
     operation_id: {
         "operationId": operation_id,
@@ -245,62 +241,71 @@ SESSION_LINKS = {
 }
 
 
-def build_document(app: FastAPI) -> dict[str, Any]:
-    """Build the OpenAPI document of `app`."""
-    document = get_openapi(
-        title="Arbiter",
-        version=app.version,
-        summary="Task sessions that limit what an AI agent may do.",
-        description=_DESCRIPTION,
-        routes=app.routes,
-        tags=TAGS,
-        separate_input_output_schemas=False,
-    )
-    schemas = document["components"]["schemas"]
-    for generated in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(generated, None)
-    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= problem.pop("$defs")
-    schemas["Problem"] = problem
-    _drop_defaults(problem, *(schemas[name] for name in ("Violation", "FieldError")))
-    document["components"]["securitySchemes"] = {
-        "apiKey": {
-            "type": "http",
-            "scheme": "bearer",
-            "bearerFormat": "name.secret",
-            "description": "Made by `arbiter keys new`.",
-        }
+def problem_examples() -> dict[str, dict[str, Any]]:
+    """Return a full example of every problem, by its code."""
+    return {
+        kind.code: {"summary": kind.title, "value": _example(kind)}
+        for kind in PROBLEM_TYPES.values()
     }
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            # FastAPI would spell out the model that stands for no body.
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                content["schema"].pop("default", None)
-    _tidy(document)
-    document["components"]["schemas"] = dict(sorted(schemas.items()))
-    return document
 
 
-def _drop_defaults(*schemas: dict[str, Any]) -> None:
-    """Remove defaults: a member that a problem lacks does not apply, and has no value."""
-    for schema in schemas:
-        for member in schema["properties"].values():
-            member.pop("default", None)
+def _example(kind: ProblemType) -> dict[str, Any]:
+    members = _MEMBERS.get(kind, {})
+    if kind in DENIALS.values():
+        members = {"violations": []} | members
+    elif kind.retryable:
+        members = {"outcome": "not_recorded"} | members
+    action = members.get("next_action")
+    if members.get("violations") and action:
+        members |= {"agent_message": AGENT_MESSAGES[action]}
+    response = problem_response(kind, "4f1d2c3b5a69-2a", None, members, [])
+    example: dict[str, Any] = json.loads(response.body)
+    return example
 
 
-def _tidy(node: Any) -> None:
-    """Declare optional fields absent rather than null, and bounds of integers as integers."""
-    if isinstance(node, list):
-        for each in node:
-            _tidy(each)
-    elif isinstance(node, dict):
-        if "anyOf" in node:
-            (only,) = (kind for kind in node.pop("anyOf") if kind != {"type": "null"})
-            node |= only
-            node.pop("default", None)
-        if node.pop("nullable", False):
-            node["type"] = [node["type"], "null"]
-        for key, value in node.items():
-            if key in ("minimum", "maximum"):
-                node[key] = int(value)
-            _tidy(value)
+def _errors(location: str, field: str, detail: str) -> dict[str, Any]:
+    return {"errors": [{"in": location, "field": field, "detail": detail}]}
+
+
+_SPENT = {"limit": 100, "used": 100, "requested": 1}
+_FULL = {"limit": 60, "used": 60, "requested": 1}
+_AT_ONE_INSTANT = "2026-01-01T13:00:00.000000Z"
+_MEMBERS: dict[ProblemType, dict[str, Any]] = {
+    SESSION_CLOSED: {
+        "next_action": NextAction.STOP,
+        "closed_at": _AT_ONE_INSTANT,
+        "closed_by": "kill_switch",
+    },
+    AGENT_MISMATCH: {"next_action": NextAction.STOP},
+    SESSION_EXPIRED: {"next_action": NextAction.NEW_SESSION, "expires_at": _AT_ONE_INSTANT},
+    BUDGET_EXCEEDED: {
+        "next_action": NextAction.NEW_SESSION,
+        "violations": [{"code": "budget_exceeded"} | _SPENT],
+    }
+    | _SPENT,
+    TOOL_NOT_AUTHORIZED: {
+        "next_action": NextAction.USE_AUTHORIZED_TOOL,
+        "violations": [{"code": "tool_not_authorized", "tool_indexes": [0]}],
+    },
+    SENSITIVITY_EXCEEDED: {
+        "next_action": NextAction.LOWER_SENSITIVITY,
+        "violations": [{"code": "sensitivity_exceeded", "ceiling": "internal"}],
+    },
+    RATE_LIMITED: {
+        "retryable": True,
+        "next_action": NextAction.WAIT,
+        "violations": [{"code": "rate_limited"} | _FULL],
+        "retry_after_secs": 12,
+    }
+    | _FULL,
+    TOO_MANY_SESSIONS: {
+        "next_action": NextAction.CLOSE_A_SESSION,
+        "limit": 10,
+        "used": 10,
+        "requested": 1,
+    },
+    REVISION_CONFLICT: {"revision": 3},
+    GRANT_EXCEEDS_KEY: _errors("body", "call_budget", "This key may grant at most 1000 calls."),
+    VALIDATION_FAILED: _errors("body", "call_budget", "Input should be a valid integer"),
+}
+"""What a problem has besides the members that every problem has."""

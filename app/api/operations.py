@@ -51,8 +51,10 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = problem_responses(
 @router.get(
     "/livez",
     operation_id="livez",
+    summary="Check that the process runs",
     tags=["operations"],
     response_model=Health,
+    responses=problem_responses(),
     openapi_extra=PUBLIC,
 )
 async def livez() -> RawResponse:
@@ -63,6 +65,7 @@ async def livez() -> RawResponse:
 @router.get(
     "/readyz",
     operation_id="readyz",
+    summary="Check that requests can be served",
     tags=["operations"],
     response_model=Health,
     responses=_UNAVAILABLE,
@@ -78,6 +81,7 @@ async def readyz(request: StrictRequest) -> RawResponse:
 @router.get(
     "/healthz",
     operation_id="healthz",
+    summary="Check that requests can be served, by an older name",
     tags=["operations"],
     response_model=Health,
     responses=_UNAVAILABLE,
@@ -91,10 +95,17 @@ async def healthz(request: StrictRequest) -> RawResponse:
 @router.get(
     "/metrics",
     operation_id="metrics",
+    summary="Read the metrics",
     tags=["operations"],
     response_class=PlainTextResponse,
     response_model=None,
-    responses=problem_responses(UNAUTHENTICATED, INSUFFICIENT_SCOPE),
+    responses=problem_responses(UNAUTHENTICATED, INSUFFICIENT_SCOPE)
+    | {
+        200: {
+            "description": "The metrics.",
+            "content": {"text/plain": {"example": "arbiter_store_up 1.0\n"}},
+        }
+    },
     openapi_extra=allow(Scope.OPERATE),
 )
 async def metrics(request: StrictRequest) -> RawResponse:

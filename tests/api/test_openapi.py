@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-from openapi_spec_validator import validate
+from openapi_spec_validator import OpenAPIV30SpecValidator, validate
 
 from app import __version__
+from app.api.openapi import HEADERS
 from app.api.problem_types import ProblemCode
 from app.main import create_app
 from app.settings import Settings
@@ -86,7 +88,7 @@ def test_every_operation_has_a_tag_a_summary_and_a_description(
 def test_every_error_is_a_problem_with_an_example(document: dict[str, Any]) -> None:
     for operation in operations(document):
         for status, response in operation["responses"].items():
-            if int(status) >= 400:
+            if status == "default" or int(status) >= 400:
                 assert list(response["content"]) == ["application/problem+json"]
                 content = response["content"]["application/problem+json"]
                 assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
@@ -133,8 +135,135 @@ def test_schemas_that_only_fastapi_uses_are_removed(document: dict[str, Any]) ->
 
 
 def test_the_document_lists_every_code(document: dict[str, Any]) -> None:
-    codes = document["components"]["schemas"]["ProblemCode"]["enum"]
+    codes = document["components"]["schemas"]["ProblemCode"]["x-extensible-enum"]
     assert codes == [code.value for code in ProblemCode]
+
+
+def request_parts(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every schema that a client fills in."""
+    schemas = document["components"]["schemas"]
+    for operation in operations(document):
+        for each in operation.get("parameters", []):
+            yield each["schema"]
+        for content in operation.get("requestBody", {}).get("content", {}).values():
+            yield schemas[content["schema"]["$ref"].rpartition("/")[2]]
+
+
+def test_requests_are_closed_and_have_no_defaults(document: dict[str, Any]) -> None:
+    """Generators send defaults, or make the field required."""
+    for part in request_parts(document):
+        assert all("default" not in each for each in schemas_in(part))
+        assert part.get("type") != "object" or part["additionalProperties"] is False
+    create = document["components"]["schemas"]["CreateSession"]["properties"]
+    assert create["time_limit_secs"]["description"].endswith("Default: 3600.")
+    assert create["data_sensitivity_ceiling"]["description"].endswith("Default: internal.")
+
+
+def test_requests_keep_their_enums(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    listed = document["paths"]["/sessions"]["get"]["parameters"]
+
+    assert "restricted" in schemas["DataSensitivity"]["enum"]
+    assert {"$ref": "#/components/schemas/SessionStatus"} in [each["schema"] for each in listed]
+    assert "paused" in schemas["SessionStatus"]["enum"]
+
+
+def test_responses_are_open(document: dict[str, Any]) -> None:
+    """A client must not fail at the next version's fields, codes and actions."""
+    schemas = document["components"]["schemas"]
+    waiting, seen = [operation["responses"] for operation in operations(document)], set()
+    while waiting:
+        for node in schemas_in(waiting.pop()):
+            assert "enum" not in node, node
+            name = node.get("$ref", "").removeprefix("#/components/schemas/")
+            if name in schemas and name not in seen:
+                seen.add(name)
+                waiting.append(schemas[name])
+                if "properties" in schemas[name]:
+                    assert schemas[name]["additionalProperties"] is True, name
+    assert {"Session", "Problem", "ProblemCode", "NextAction", "Replica"} <= seen
+    problem = schemas["Problem"]
+    assert problem["properties"]["code"]["$ref"].endswith("/ProblemCode")
+    assert {"code", "retryable", "next_action"} <= set(problem["required"])
+
+
+def test_required_fields_come_first(document: dict[str, Any]) -> None:
+    """Some generators make them positional parameters, in this order."""
+    call = document["components"]["schemas"]["RecordCall"]
+
+    assert next(iter(call["properties"])) == "tool_name"
+
+
+def test_every_operation_describes_every_status_by_its_codes(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        named = set()
+        for response in operation["responses"].values():
+            examples = response.get("content", {}).get("application/problem+json", {})
+            for code in examples.get("examples", {}):
+                assert f"`{code}`" in response["description"]
+                named.add(code)
+        assert "default" in operation["responses"]
+        assert {"overloaded", "malformed_request", "request_timeout"} <= named
+
+
+def test_every_code_has_a_full_example(document: dict[str, Any]) -> None:
+    examples = document["components"]["examples"]
+    schema = {
+        "$ref": "#/components/schemas/Problem",
+        "components": document["components"],
+    }
+
+    assert list(examples) == [code.value for code in ProblemCode]
+    for code, example in examples.items():
+        problem = example["value"]
+        jsonschema.validate(problem, schema)
+        assert problem["code"] == code
+        assert (
+            problem.keys() <= document["components"]["schemas"]["Problem"]["properties"].keys()
+        )
+        waits = {"wait", "retry_with_same_key"}
+        assert problem["retryable"] == (problem["next_action"] in waits)
+
+
+def test_every_operation_has_an_example_answer(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        for status in {"200", "201"} & operation["responses"].keys():
+            for content in operation["responses"][status]["content"].values():
+                assert content["example"]
+
+
+def test_every_response_says_its_headers(document: dict[str, Any]) -> None:
+    for operation in operations(document):
+        for status, response in operation["responses"].items():
+            assert "X-Request-Id" in response["headers"]
+            assert ("X-Should-Retry" in response["headers"]) == (not status.startswith("2"))
+            assert status != "401" or "WWW-Authenticate" in response["headers"]
+    call = document["paths"]["/sessions/{session_id}/calls"]["post"]["responses"]
+    assert {"RateLimit", "RateLimit-Policy", "Retry-After"} <= call["429"]["headers"].keys()
+    assert "Preference-Applied" in call["204"]["headers"]
+
+
+def test_health_checks_say_that_they_need_no_key(document: dict[str, Any]) -> None:
+    for path in ("/livez", "/readyz", "/healthz"):
+        assert document["paths"][path]["get"]["security"] == []
+
+
+def test_the_document_exists_for_tools_that_know_only_3_0() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "app", "openapi", "--spec", "3.0"],
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    document = json.loads(printed)
+
+    OpenAPIV30SpecValidator(document).validate()
+    assert document["openapi"].startswith("3.0.")
+    update = document["components"]["schemas"]["UpdateSession"]["properties"]
+    assert update["rate_limit_per_minute"]["nullable"] is True
+    for each in schemas_in(document):
+        assert "$ref" not in each or len(each) == 1
+        assert not isinstance(each.get("type"), list)
 
 
 def test_every_operation_but_health_checks_needs_a_key(document: dict[str, Any]) -> None:
@@ -197,6 +326,8 @@ async def test_real_responses_match_the_document(api: Api, document: dict[str, A
         name = content["schema"]["$ref"].rpartition("/")[2]
         known = document["components"]["schemas"][name]["properties"]
         assert answer.json().keys() <= known.keys(), (path, answer.json())
+        sent = {name for name in HEADERS if name in answer.headers}
+        assert sent <= described["headers"].keys(), (path, answer.headers)
 
 
 def test_a_command_prints_the_document(document: dict[str, Any]) -> None:
