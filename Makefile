@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test lint bench bench-quick install lock clean
+.PHONY: serve test lint bench bench-quick install openapi lock clean
 
 serve: .venv/runtime
 	$(BIN)/arbiter
@@ -20,6 +20,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# After a change of routes, models or problems.
+openapi: .venv/runtime
+	$(BIN)/arbiter openapi > openapi.json.new
+	mv openapi.json.new openapi.json
 
 # On a quiet machine; wrk makes better load than the bundled client (apt-get install wrk).
 bench: .venv/dev
