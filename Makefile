@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test lint bench bench-quick install openapi lock clean
+.PHONY: serve test clients lint bench bench-quick install openapi lock clean
 
 serve: .venv/runtime
 	$(BIN)/arbiter
@@ -14,6 +14,10 @@ install: .venv/dev
 # The tests of one file stay in one process. PYTEST_OPTIONS="--numprocesses 0" runs them all in one.
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_OPTIONS)
+
+# Linters of the OpenAPI document, and clients that are generated from it. Also part of test.
+clients: .venv/dev
+	$(BIN)/python -m pytest tests/clients $(PYTEST_OPTIONS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -39,6 +43,9 @@ lock: .venv/dev
 	$(COMPILE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra opentelemetry --constraint requirements.lock --output-file requirements-opentelemetry.lock pyproject.toml
 	$(COMPILE) --extra dev --all-build-deps --constraint requirements-build.lock --constraint requirements-opentelemetry.lock --output-file requirements-dev.lock pyproject.toml
+
+	$(COMPILE) --output-file tests/clients/requirements.lock tests/clients/requirements.in
+	cd tests/clients && npm install --package-lock-only
 
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
