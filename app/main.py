@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from app import __version__
 from app.api.application import Services, build_application
+from app.api.gateways import FREE_METHODS, GatewayOptions
 from app.domain.errors import Unusable
 from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
@@ -120,7 +121,10 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    services = Services(service, authenticator, shared_metrics, events, denials, replica)
+    gateways = GatewayOptions(FREE_METHODS.union(settings.authz_free_methods))
+    services = Services(
+        service, authenticator, shared_metrics, events, denials, replica, gateways
+    )
     return build_application(services, lifespan, tracing)
 
 

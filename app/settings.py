@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ from app.store.contract import StoreLimits
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400
 REDACTED = "***"
+_METHOD = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 
 
 class BadSettings(Exception):
@@ -67,6 +69,7 @@ class Settings(BaseSettings):
     max_queue_delay_secs: Annotated[float, Field(ge=0, le=60)] = 0.1
     request_timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = 10
     keep_alive_secs: Annotated[float, Field(ge=0, le=86_400)] = 75
+    authz_free_methods: Annotated[tuple[str, ...], NoDecode] = ()
     shutdown_delay_secs: Annotated[float, Field(ge=0, le=3600)] = 0
     shutdown_grace_secs: Annotated[int, Field(ge=0, le=3600)] = 20
 
@@ -77,6 +80,19 @@ class Settings(BaseSettings):
             return value
         parts = value.split(",") if value.strip() else []
         return KeyRing(map(ApiKey.parse, parts)).keys
+
+    @field_validator("authz_free_methods", mode="before")
+    @classmethod
+    def _parse_methods(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        methods = tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+        for method in methods:
+            if not _METHOD.fullmatch(method):
+                raise ValueError("write names of methods, separated by commas")
+            if method == "tools/call":
+                raise ValueError("tools/call is never free: it would not be bounded")
+        return methods
 
     @field_validator("api_keys_file")
     @classmethod
@@ -153,6 +169,8 @@ class Settings(BaseSettings):
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -15,8 +15,9 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from app import __version__
-from app.api import admission, agents, operations, sessions
+from app.api import admission, agents, gateways, operations, sessions
 from app.api.document import build_document
+from app.api.gateways import GatewayOptions
 from app.api.problem_types import DENIALS
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher, StartSpan
@@ -32,7 +33,13 @@ from app.service import SessionService
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 
-_ROUTERS = (sessions.router, admission.router, agents.router, operations.router)
+_ROUTERS = (
+    sessions.router,
+    admission.router,
+    agents.router,
+    operations.router,
+    gateways.router,
+)
 
 DENIAL_CODES = frozenset(kind.code for kind in DENIALS.values())
 
@@ -50,6 +57,7 @@ class Services:
     events: Events
     denials: Denials
     replica: Replica
+    gateways: GatewayOptions
 
     def report_refused(self, code: str, caller: str, request_id: str, client: str) -> None:
         """Report a request that was refused before it reached the service. A session that does

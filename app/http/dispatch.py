@@ -1,9 +1,11 @@
 """The ASGI application in front: finds the handler of a request and runs it.
 
-It is built from FastAPI's route table and skips Starlette's stack, nothing else. FastAPI serves
-the rest: 404, 405, documentation, and everything if mounted in another application. Both work
-inside the same frame: a request id, a check of `Host`, errors as problems, no caching, a span
-and a measured duration. HEAD is served as GET, without the body (RFC 9110, section 9.3.2).
+It is built from FastAPI's route table and skips Starlette's stack, nothing else. A route is
+found by its method and the shape of its path; one like `/first/{name:path}` takes every method
+and everything below `/first/`. FastAPI serves the rest: 404, 405, documentation, and everything
+if mounted in another application. Both work inside the same frame: a request id, a check of
+`Host`, errors as problems, no caching, a span and a measured duration. HEAD is served as GET,
+without the body (RFC 9110, section 9.3.2).
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OPEN = "*"
 """Stands for the part of a path that a route leaves open."""
+_PARTS_OF_A_TREE = 3
+"""The method, nothing, and the first part of the path."""
 
 ObserveRequest = Callable[[str, str, int, float], None]
 """Called with method, path template, status and duration in seconds."""
@@ -64,12 +68,17 @@ class Dispatcher:
         self._services = framework.state.services
         self._handlers: dict[tuple[str, ...], Handler] = {}
         self._open_at: set[tuple[int, int]] = set()
+        self._trees: dict[str, Handler] = {}
         for route in routes:
             if isinstance(route, StrictRoute):
                 self._add(route.handler)
 
     def _add(self, handler: Handler) -> None:
         parts = handler.path.split("/")
+        if handler.is_tree:
+            _, first, _ = parts
+            self._trees[first] = handler
+            return
         shape = [_OPEN if part.startswith("{") else part for part in parts]
         if _OPEN in shape:
             self._open_at.add((len(parts), shape.index(_OPEN)))
@@ -82,6 +91,8 @@ class Dispatcher:
         found = self._handlers.get(tuple(parts))
         if found is not None:
             return found, ""
+        if len(parts) > _PARTS_OF_A_TREE and (tree := self._trees.get(parts[2])):
+            return tree, "/".join(parts[3:])
         for length, at in self._open_at:
             if length == len(parts) - 1:
                 value, parts[at + 1] = parts[at + 1], _OPEN
@@ -101,9 +112,11 @@ class Dispatcher:
         request_id = request.request_id = choose_request_id(request.header_values(REQUEST_ID))
         method = scope["method"]
         served_as = "GET" if method == "HEAD" else method
-        handler, request.path_value = self._find(served_as, scope["path"])
-        hosts = request.header_values(b"host")
-        if not self._authenticator.serves(hosts, scope.get("server")):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        handler, request.path_value = self._find(served_as, path)
+        if not (handler is not None and handler.any_host) and not self._authenticator.serves(
+            request.header_values(b"host"), scope.get("server")
+        ):
             response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
             await _send(send, response, request_id, is_head=method == "HEAD")
             self._observe(_label(method), UNMATCHED, response.status, _since(started))
@@ -124,8 +137,9 @@ class Dispatcher:
                         end(response.status)
             except ClientDisconnect:
                 return
-            await _send(send, response, request_id, is_head=method == "HEAD")
-            self._observe(method, handler.path, response.status, _since(started))
+            echoed_id = request.echoed_id or request_id
+            await _send(send, response, echoed_id, is_head=method == "HEAD")
+            self._observe(_label(method), handler.path, response.status, _since(started))
 
     async def _fall_through(
         self, scope: Scope, receive: Receive, send: Send, *, is_head: bool
@@ -137,7 +151,8 @@ class Dispatcher:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *common_headers(request_id)]
+                echoed_id = scope["state"].get("echoed_id", request_id)
+                message["headers"] = [*message["headers"], *common_headers(echoed_id)]
             elif is_head:
                 message["body"] = b""
             await send(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from app.http.problems import invalid_field
+from app.http.problems import VALIDATION_FAILED, ProblemType, invalid_field
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
@@ -13,12 +13,16 @@ _PRINTABLE = re.compile(r"[ -~]{1,255}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
-def idempotency_key(values: Iterable[str]) -> str | None:
-    """Return the key in the `Idempotency-Key` headers, or `None` if there are none.
+def idempotency_key(
+    values: Iterable[str],
+    header: str = "Idempotency-Key",
+    kind: ProblemType = VALIDATION_FAILED,
+) -> str | None:
+    """Return the key in the headers of this name, or `None` if there are none.
 
     A key is 1 to 255 printable ASCII characters, bare or as an RFC 8941 string
     (draft-ietf-httpapi-idempotency-key-header-07, section 2). Both forms mean the same key.
-    Raises `Refused` for anything else.
+    Raises `Refused`, with `kind`, for anything else.
     """
     match list(values):
         case []:
@@ -26,21 +30,17 @@ def idempotency_key(values: Iterable[str]) -> str | None:
         case [value]:
             key = value
         case _:
-            raise _bad_key("must be sent only once")
+            raise invalid_field("header", header, "must be sent only once", kind)
     if key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
         if quoted is None:
-            raise _bad_key(
-                "is not a valid quoted string; escape inner quotes and close the last one"
-            )
+            detail = "is not a valid quoted string; escape inner quotes and close the last one"
+            raise invalid_field("header", header, detail, kind)
         key = re.sub(r"\\(.)", r"\1", quoted[1])
     if not _PRINTABLE.fullmatch(key):
-        raise _bad_key("must be 1 to 255 printable ASCII characters")
+        detail = "must be 1 to 255 printable ASCII characters"
+        raise invalid_field("header", header, detail, kind)
     return key
-
-
-def _bad_key(detail: str) -> Exception:
-    return invalid_field("header", "Idempotency-Key", detail)
 
 
 def wants_minimal(values: Iterable[str]) -> bool:

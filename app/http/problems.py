@@ -60,6 +60,16 @@ VALIDATION_FAILED = ProblemType(
     "Correct the fields that errors lists, and send the request again. Nothing is coerced: 5 "
     'is an integer, but 5.0 and "5" are not. /openapi.json and /docs describe every field.',
 )
+INVALID_CHECK = ProblemType(
+    "invalid_check",
+    400,
+    "Invalid check",
+    "What a gateway asks has headers or fields that are missing, repeated or invalid; see "
+    "errors.",
+    "Correct what errors lists, in the configuration of the gateway or in the client. A "
+    "gateway must replace the headers that it sends, never add to those of the client.",
+    "The call could not be checked; stop here.",
+)
 MALFORMED_JSON = ProblemType(
     "malformed_json",
     400,
@@ -218,6 +228,7 @@ INTERNAL_ERROR = ProblemType(
 
 SERVICE_PROBLEMS = (
     VALIDATION_FAILED,
+    INVALID_CHECK,
     MALFORMED_JSON,
     UNSUPPORTED_MEDIA_TYPE,
     PAYLOAD_TOO_LARGE,
@@ -289,23 +300,27 @@ class Refused(Exception):
         self.headers = headers or []
 
 
-def invalid_field(location: str, field: str, detail: str) -> Refused:
+def invalid_field(
+    location: str, field: str, detail: str, kind: ProblemType = VALIDATION_FAILED
+) -> Refused:
     """Return the refusal of a request with one invalid field."""
-    return invalid_fields([{"in": location, "field": field, "detail": detail}])
+    return invalid_fields([{"in": location, "field": field, "detail": detail}], kind)
 
 
-def invalid_fields(errors: list[dict[str, str]]) -> Refused:
+def invalid_fields(
+    errors: list[dict[str, str]], kind: ProblemType = VALIDATION_FAILED
+) -> Refused:
     """Return the refusal of a request with invalid fields."""
     members: dict[str, Any] = {"errors": errors}
     if any(each["field"].partition("/")[0] in _TOOL_FIELDS for each in errors):
         members["agent_message"] = "There is no tool with this name; use a tool's exact name."
         # Not the program's mistake: an agent chose the name.
         members["next_action"] = "use_authorized_tool"
-    return Refused(VALIDATION_FAILED, members=members)
+    return Refused(kind, members=members)
 
 
-_TOOL_FIELDS = ("tool_name", "tool_names")
-"""Fields whose value an agent can choose."""
+_TOOL_FIELDS = ("tool_name", "tool_names", "X-Arbiter-Tool", "X-Mcp-Toolname", "Mcp-Name")
+"""Fields and headers whose value an agent can choose."""
 
 
 Failure = (Exception, asyncio.CancelledError)

@@ -48,6 +48,10 @@ class StrictRequest(Request):
         self.caller = NOBODY
         """Who sent the request, once the key has been checked."""
         self.request_id = request_id
+        self.echoed_id = ""
+        """What the response repeats as its `X-Request-Id`, if it is not the id itself."""
+        self.records = True
+        """Whether the request may record something, unless its method or query says not."""
         self.services = services
         """What the application offers to its routes."""
         self.path_value = ""
@@ -63,7 +67,7 @@ class StrictRequest(Request):
     def repeat(self) -> Repeat:
         """What happens if the request is repeated."""
         method = self.scope["method"]
-        if method in _READS or self.query.get("dry_run") is True:
+        if method in _READS or not self.records or self.query.get("dry_run") is True:
             return Repeat.READS
         if method in _IDEMPOTENT:
             return Repeat.HARMLESS

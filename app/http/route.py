@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import Request, Response
 from fastapi.params import Depends
@@ -32,13 +32,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 from typing_extensions import override
 
-from app.http.auth import Authenticator, Scope, Unauthenticated
+from app.http.auth import Authenticator, Caller, Scope, Unauthenticated
 from app.http.problems import (
     INSUFFICIENT_SCOPE,
     NOT_FOUND,
     UNAUTHENTICATED,
+    VALIDATION_FAILED,
     Failure,
+    ProblemType,
     Refused,
+    Repeat,
     failed_response,
     invalid_fields,
 )
@@ -63,11 +66,18 @@ def allow(*scopes: Scope) -> dict[str, Any]:
 
 
 class Handler:
-    """Serves one route."""
+    """Serves one route. Routes that read requests by other rules have a subclass."""
+
+    any_host: ClassVar[bool] = False
+    """Whether the route is served under any `Host`, even by a service without keys."""
+    invalid: ClassVar[ProblemType] = VALIDATION_FAILED
+    """The problem for fields that are not valid."""
 
     def __init__(self, route: APIRoute) -> None:
         self.methods = route.methods
-        self.path = route.path
+        self.path = route.path.replace(":path}", "}")
+        self.is_tree = self.path != route.path
+        """Whether the route takes every method and everything below its path."""
         extra = route.openapi_extra or {}
         self._is_public = extra.get("security") == []
         self._scopes = tuple(Scope(scope) for scope in extra.get(_SCOPES, [Scope.ADMIN]))
@@ -102,10 +112,7 @@ class Handler:
         try:
             if not self._is_public:
                 self._authorize(request)
-            if b"%" in scope.get("raw_path", b""):
-                raise Refused(NOT_FOUND)
-            if scope["query_string"]:
-                request.query = request.read_query(self._names)
+            self.read_url(request)
             if self._to_model is not None:
                 if request.has_body or self._default_body is inspect.Parameter.empty:
                     request.body = await request.read_json(receive)
@@ -120,22 +127,36 @@ class Handler:
                 request.services.report_refused(
                     error.kind.code, request.caller.name, request.request_id, _client(scope)
                 )
-            return failed_response(error, request.request_id, request.repeat)
+            return failed_response(error, request.request_id, self.repeat(request))
 
-    def _authorize(self, request: StrictRequest) -> None:
-        """Find out who sent the request. Raises `Refused` if the caller is unknown or has none
-        of the scopes."""
+    def read_url(self, request: StrictRequest) -> None:
+        """Check the spelling of the path, and read the query. Raises `Refused`."""
+        if b"%" in request.scope.get("raw_path", b""):
+            raise Refused(NOT_FOUND)
+        if request.scope["query_string"]:
+            request.query = request.read_query(self._names)
+
+    def repeat(self, request: StrictRequest) -> Repeat:
+        """What happens if the request is repeated."""
+        return request.repeat
+
+    def identify(self, request: StrictRequest) -> Caller:
+        """Find out who sent the request. Raises `Refused` if the caller is unknown."""
         authenticator: Authenticator = request.services.authenticator
         sent = request.header_values(b"authorization")
         try:
-            caller = authenticator.identify(
+            return authenticator.identify(
                 sent[0] if len(sent) == 1 else None, request.scope.get("server")
             )
         except Unauthenticated as error:
             raise Refused(
                 UNAUTHENTICATED, str(error), headers=[(b"www-authenticate", _CHALLENGE)]
             ) from None
-        request.caller = caller
+
+    def _authorize(self, request: StrictRequest) -> None:
+        """Find out who sent the request. Raises `Refused` if the caller is unknown or has none
+        of the scopes."""
+        caller = request.caller = self.identify(request)
         if not caller.may(self._scopes):
             needed = [scope for scope in self._scopes if scope is not Scope.ADMIN]
             challenge = b'Bearer error="insufficient_scope", scope="%b"' % b" ".join(
@@ -161,7 +182,7 @@ class Handler:
             # A path or a header that is not valid comes first.
             for _, read in self._read:
                 read(request)
-            raise invalid_fields(errors[:MAX_FIELD_ERRORS])
+            raise invalid_fields(errors[:MAX_FIELD_ERRORS], self.invalid)
 
 
 def _client(scope: Mapping[str, Any]) -> str:
@@ -208,18 +229,22 @@ def _field_errors(
 class StrictRoute(APIRoute):
     """A path operation that is served by its handler."""
 
+    handler_class: ClassVar[type[Handler]] = Handler
     handler: Handler
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        self.handler = handler = Handler(self)
+        self.handler = handler = self.handler_class(self)
 
         async def handle(request: Request) -> Response:
             strict = StrictRequest(
                 request.scope, request.state.request_id, request.app.state.services
             )
             strict.path_value = next(iter(request.path_params.values()), "")
-            return to_starlette(await handler.respond(strict, request.receive))
+            response = await handler.respond(strict, request.receive)
+            if strict.echoed_id:
+                request.state.echoed_id = strict.echoed_id
+            return to_starlette(response)
 
         return handle
 

@@ -98,6 +98,31 @@ async def test_errors_are_the_same_problems(
     assert answer.headers["x-request-id"] == problem["request_id"]
 
 
+async def test_a_tree_takes_every_method_and_everything_below(
+    client: httpx.AsyncClient,
+) -> None:
+    created = await client.post("/sessions", json=session_request(call_budget=3))
+    headers = {
+        "x-arbiter-session": created.json()["session_id"],
+        "x-arbiter-tool": "read_file",
+    }
+
+    answers = [
+        await client.request(method, f"/authz/{path}", headers=headers)
+        for method, path in (
+            ("GET", "native"),
+            ("HEAD", "native/"),
+            ("BREW", "native/a/b%20c?d=e"),
+            ("DELETE", "strict"),
+            ("GET", "nothing/native"),
+            ("GET", ""),
+        )
+    ]
+
+    assert [each.status_code for each in answers] == [200, 200, 200, 403, 404, 404]
+    assert answers[3].headers["x-arbiter-status"] == "429"
+
+
 async def test_a_defect_is_an_internal_error(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
