@@ -121,7 +121,9 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield {"gate": gate}
 
-    gateways = GatewayOptions(FREE_METHODS.union(settings.authz_free_methods))
+    gateways = GatewayOptions(
+        FREE_METHODS.union(settings.authz_free_methods), settings.public_url
+    )
     services = Services(
         service, authenticator, shared_metrics, events, denials, replica, gateways
     )

@@ -31,6 +31,7 @@ from app.store.contract import StoreLimits
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400
 REDACTED = "***"
+_BASE_URL = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+(?:/[A-Za-z0-9._~/-]*)?")
 _METHOD = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 
 
@@ -69,6 +70,7 @@ class Settings(BaseSettings):
     max_queue_delay_secs: Annotated[float, Field(ge=0, le=60)] = 0.1
     request_timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = 10
     keep_alive_secs: Annotated[float, Field(ge=0, le=86_400)] = 75
+    public_url: str | None = None
     authz_free_methods: Annotated[tuple[str, ...], NoDecode] = ()
     shutdown_delay_secs: Annotated[float, Field(ge=0, le=3600)] = 0
     shutdown_grace_secs: Annotated[int, Field(ge=0, le=3600)] = 20
@@ -93,6 +95,13 @@ class Settings(BaseSettings):
             if method == "tools/call":
                 raise ValueError("tools/call is never free: it would not be bounded")
         return methods
+
+    @field_validator("public_url")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        if value is not None and not _BASE_URL.fullmatch(value):
+            raise ValueError("write http:// or https://, a host, and no query")
+        return value and value.rstrip("/")
 
     @field_validator("api_keys_file")
     @classmethod

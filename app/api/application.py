@@ -15,7 +15,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from app import __version__
-from app.api import admission, agents, gateways, operations, sessions
+from app.api import admission, agents, authzen, gateways, operations, sessions
 from app.api.document import build_document
 from app.api.gateways import GatewayOptions
 from app.api.problem_types import DENIALS
@@ -39,6 +39,7 @@ _ROUTERS = (
     agents.router,
     operations.router,
     gateways.router,
+    authzen.router,
 )
 
 DENIAL_CODES = frozenset(kind.code for kind in DENIALS.values())

@@ -115,7 +115,7 @@ class Handler:
             self.read_url(request)
             if self._to_model is not None:
                 if request.has_body or self._default_body is inspect.Parameter.empty:
-                    request.body = await request.read_json(receive)
+                    request.body = await self.read_body(request, receive)
                 else:
                     request.body = self._default_body
             self._validate(request)
@@ -135,6 +135,10 @@ class Handler:
             raise Refused(NOT_FOUND)
         if request.scope["query_string"]:
             request.query = request.read_query(self._names)
+
+    async def read_body(self, request: StrictRequest, receive: Receive) -> Any:
+        """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
+        return await request.read_json(receive)
 
     def repeat(self, request: StrictRequest) -> Repeat:
         """What happens if the request is repeated."""
@@ -172,12 +176,12 @@ class Handler:
             try:
                 request.query[name] = self._query[name].validate_python(text)
             except ValidationError as error:
-                errors += _field_errors("query", (name,), error)
+                errors += field_errors("query", (name,), error)
         if self._to_model is not None and request.body is not self._default_body:
             try:
                 request.body = self._to_model(request.body)
             except ValidationError as error:
-                errors += _field_errors("body", (), error)
+                errors += field_errors("body", (), error)
         if errors:
             # A path or a header that is not valid comes first.
             for _, read in self._read:
@@ -209,7 +213,7 @@ def _itself(request: StrictRequest) -> StrictRequest:
     return request
 
 
-def _field_errors(
+def field_errors(
     where: str, start: tuple[str, ...], error: ValidationError
 ) -> list[dict[str, str]]:
     """Where and why fields are invalid, without the input. The name of an unknown field is

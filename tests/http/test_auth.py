@@ -44,8 +44,15 @@ ROUTES = [
     ("GET", "/denials", {"admin", "operate"}),
     ("GET", "/replica", {"admin", "operate"}),
     ("PATCH", "/replica", {"admin"}),
+    ("POST", "/access/v1/evaluation", {"admin", "proxy"}),
+    ("POST", "/check/access/v1/evaluation", {"admin", "proxy"}),
+    ("POST", "/check/access/v1/evaluations", {"admin", "proxy"}),
 ]
-PUBLIC = ["/livez", "/readyz", "/healthz", "/openapi.json", "/docs", "/problems/rate_limited"]
+PUBLIC = [
+    *("/livez", "/readyz", "/healthz", "/openapi.json", "/docs", "/problems/rate_limited"),
+    "/.well-known/authzen-configuration",
+    "/check/.well-known/authzen-configuration",
+]
 
 WRONG = [
     [],

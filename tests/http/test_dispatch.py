@@ -123,6 +123,17 @@ async def test_a_tree_takes_every_method_and_everything_below(
     assert answers[3].headers["x-arbiter-status"] == "429"
 
 
+async def test_authzen_echoes_any_request_id_and_knows_where_it_is(
+    client: httpx.AsyncClient,
+) -> None:
+    sent = {"x-request-id": "one, two"}
+
+    answer = await client.get("/.well-known/authzen-configuration", headers=sent)
+
+    assert answer.headers["x-request-id"] == "one, two"
+    assert answer.json()["policy_decision_point"] == str(client.base_url).rstrip("/")
+
+
 async def test_a_defect_is_an_internal_error(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
