@@ -29,7 +29,7 @@ from tests.services import ROOT, running
 DOCUMENT = ROOT / "openapi.json"
 JOURNEYS = HERE / "journeys"
 STEPS = [
-    "create",  # With the required fields only: the server's defaults hold.
+    "create",  # With the required fields only. A client that adds defaults is refused.
     "read",
     "call",
     "repeat",  # With agent, tier and key: the second answer is the first one, replayed.
@@ -90,10 +90,12 @@ class _Later(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, str]]:
-    """The environment of a journey: a live service with keys, and a later one."""
+    """The environment of a journey: a live service with keys, and one of a later version."""
+    # Below the default, to which the server lowers a limit that is left out.
+    settings = WITH_KEYS | {"ARBITER_MAX_TIME_LIMIT_SECS": "1800"}
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), _Later) as later,
-        running(**WITH_KEYS) as service,
+        running(**settings) as service,
     ):
         thread = threading.Thread(target=later.serve_forever)
         thread.start()
