@@ -4,8 +4,11 @@ when uvicorn changes beneath them."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import httpx
@@ -105,3 +108,33 @@ def test_pipelined_calls_are_answered_as_by_asgi_messages(services: list[Service
 
     assert seen[0] == seen[1]
     assert seen[0].count(b"HTTP/1.1 ") == 7
+
+
+@pytest.mark.skipif(
+    shutil.which("curl") is None, reason="curl is missing: apt-get install curl"
+)
+def test_curl_may_offer_http2(start_service: StartService) -> None:
+    """`curl --http2` asks for an upgrade, and goes on in HTTP/1.1 on the same connection."""
+    service = start_service()
+    made = httpx.post(f"{service.url}/sessions", json=session_request()).json()
+    body = (
+        "--data",
+        '{"tool_name": "read_file"}',
+        "--header",
+        "content-type: application/json",
+    )
+    report = ("--silent", "--write-out", "%{http_code} %{http_version} %{num_connects}\n")
+    ask = ("--http2", *body, *report, "--output", os.devnull)
+    url = f"{service.url}/sessions/{made['session_id']}/calls"
+
+    typed = subprocess.run(
+        ["curl", *ask, url, "--next", *ask, "--header", "transfer-encoding: chunked", url],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert typed.stdout.splitlines() == ["200 1.1 1", "200 1.1 0"]
+    session = httpx.get(f"{service.url}/sessions/{made['session_id']}").json()
+    assert session["calls_made"] == 2
