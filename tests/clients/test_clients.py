@@ -1,17 +1,21 @@
-"""Clients generated from the committed document make one journey against a live server, and
-understand the answers of a server that is newer than they are."""
+"""The clients that docs/integration.md shows: generated as it says, each makes one journey
+against a live server, and understands the answers of a server of a later version."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import httpx
 import pytest
 
 from tests.clients.tools import (
@@ -23,10 +27,9 @@ from tests.clients.tools import (
     node_modules,
     run,
 )
-from tests.e2e.test_readme import TOKENS, WITH_KEYS
-from tests.services import ROOT, running
+from tests.e2e.test_readme import BLOCK, TOKENS, WITH_KEYS
+from tests.services import ROOT, StartService, running
 
-DOCUMENT = ROOT / "openapi.json"
 JOURNEYS = HERE / "journeys"
 STEPS = [
     "create",  # With the required fields only. A client that adds defaults is refused.
@@ -44,7 +47,7 @@ STEPS = [
     "future",  # Unknown fields, values, codes and statuses.
 ]
 
-SCHEMAS = json.loads(DOCUMENT.read_text())["components"]
+SCHEMAS = json.loads((ROOT / "openapi.json").read_text())["components"]
 LATER_SESSION = SCHEMAS["schemas"]["Session"]["examples"][0] | {
     "status": "dreaming",
     "data_sensitivity_ceiling": "cosmic",
@@ -58,34 +61,77 @@ LATER_PROBLEM = SCHEMAS["examples"]["tool_not_authorized"]["value"] | {
 }
 
 
-class _Later(BaseHTTPRequestHandler):
-    """A server of a later version, with fields, values, codes and statuses that are new."""
-
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["content-length"]))
+
+    def answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002  # its name
+        """Say nothing."""
+
+
+class _Later(_Handler):
+    """A server of a later version, with fields, values, codes and statuses that are new."""
 
     def do_GET(self) -> None:
         if self.path.startswith("/agents/"):
             self._problem(451)
         else:
-            self._answer(200, "application/json", LATER_SESSION)
+            self.answer(200, "application/json", json.dumps(LATER_SESSION).encode())
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
+        self.body()
         self._problem(403)
 
     def _problem(self, status: int) -> None:
-        self._answer(status, "application/problem+json", LATER_PROBLEM | {"status": status})
+        encoded = json.dumps(LATER_PROBLEM | {"status": status}).encode()
+        self.answer(status, "application/problem+json", encoded)
 
-    def _answer(self, status: int, kind: str, body: dict[str, Any]) -> None:
-        encoded = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002  # its name
-        """Say nothing."""
+class _Unreliable(_Handler):
+    """A proxy: the first call does not reach the service, and the second gets no answer."""
+
+    service = ""
+    calls: ClassVar[list[str]]
+    """The idempotency keys of the calls."""
+
+    def do_POST(self) -> None:
+        body = self.body()
+        if self.path.endswith("/calls"):
+            self.calls.append(self.headers["idempotency-key"])
+            if len(self.calls) == 1:
+                problem = SCHEMAS["examples"]["store_unavailable"]["value"]
+                self.answer(503, "application/problem+json", json.dumps(problem).encode())
+                return
+        # What belongs to the connection is not passed on.
+        passed = {"authorization", "content-type", "idempotency-key"}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() in passed
+        }
+        answer = httpx.post(self.service + self.path, content=body, headers=headers)
+        if len(self.calls) == 2:
+            # It was counted, and the client cannot know.
+            self.close_connection = True
+        else:
+            self.answer(answer.status_code, answer.headers["content-type"], answer.content)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -93,102 +139,133 @@ def servers() -> Iterator[dict[str, str]]:
     """The environment of a journey: a live service with keys, and one of a later version."""
     # Below the default, to which the server lowers a limit that is left out.
     settings = WITH_KEYS | {"ARBITER_MAX_TIME_LIMIT_SECS": "1800"}
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), _Later) as later,
-        running(**settings) as service,
-    ):
-        thread = threading.Thread(target=later.serve_forever)
-        thread.start()
-        yield TOKENS | {
-            "ARBITER_URL": service.url,
-            "FUTURE_URL": f"http://127.0.0.1:{later.server_port}",
-        }
-        later.shutdown()
-        thread.join()
+    with serving(_Later) as later, running(**settings) as service:
+        yield TOKENS | {"ARBITER_URL": service.url, "FUTURE_URL": later}
 
 
-def openapi_generator(folder: Path, generator: str, *options: str) -> None:
-    need("java")
-    jar = ("java", "-jar", generator_jar(), "generate", "--input-spec", DOCUMENT)
-    run(*jar, "--generator-name", generator, "--output", folder, *options)
+PAGE = (ROOT / "docs" / "integration.md").read_text()
+PRINTED = "".join(body for language, body in BLOCK.findall(PAGE) if language == "output")
 
 
-def python(folder: Path) -> list[str | Path]:
-    openapi_generator(folder, "python", "--package-name", "arbiter_client")
-    return [environment() / "bin" / "python", JOURNEYS / "python.py"]
+def shown(heading: str) -> tuple[str, str]:
+    """Return the command of a section that generates a client, and its example."""
+    section = re.split(r"^##", PAGE.partition(f"### {heading}\n")[2], flags=re.MULTILINE)[0]
+    (_, commands), (_, program) = BLOCK.findall(section)
+    return commands.splitlines()[-1], program
 
 
-def python_client(folder: Path) -> list[str | Path]:
-    tool = environment() / "bin"
-    command = ("generate", "--path", DOCUMENT, "--meta", "none")
-    run(tool / "openapi-python-client", *command, "--output-path", folder / "arbiter_client")
-    return [tool / "python", JOURNEYS / "python_client.py"]
+def python(folder: Path, program: Path) -> list[str | Path]:
+    return [environment() / "bin" / "python", program]
 
 
-def java(folder: Path) -> list[str | Path]:
+def java(folder: Path, program: Path) -> list[str | Path]:
     need("javac")
-    options = ("--library", "native", "--additional-properties", "openApiNullable=false")
-    openapi_generator(folder, "java", *options)
-    sources = [*(folder / "src" / "main").rglob("*.java"), *(JOURNEYS / "java").rglob("*.java")]
-    run("javac", "-nowarn", "-d", folder / "classes", "-cp", generator_jar(), *sources)
-    return ["java", "-cp", f"{folder / 'classes'}:{generator_jar()}", "Journey"]
+    classes = folder / f"classes-{program.stem}"
+    sources = [*(folder / "client" / "src" / "main").rglob("*.java"), program]
+    sources += (JOURNEYS / "java" / "javax").rglob("*.java")
+    run("javac", "-nowarn", "-d", classes, "-cp", generator_jar(), *sources)
+    return ["java", "-cp", f"{classes}:{generator_jar()}", program.stem]
 
 
-def go(folder: Path) -> list[str | Path]:
-    openapi_generator(folder / "client", "go", "--package-name", "arbiter")
-    for generated in ("go.mod", "go.sum", "test"):
-        path = folder / "client" / generated
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / "go.mod").write_text("module example.org/journey\n\ngo 1.23\n")
-    shutil.copy(JOURNEYS / "go" / "main.go", folder)
-    build = (environment() / "bin" / "go", "build", "-o", "journey", ".")
-    settings = {"GOCACHE": go_cache(), "GOPATH": folder / "go", "GOENV": "off"}
-    run(*build, folder=folder, GOPROXY="off", GOTOOLCHAIN="local", GOFLAGS="", **settings)
-    return [folder / "journey"]
+def go(folder: Path, program: Path) -> list[str | Path]:
+    (folder / "go.mod").write_text("module example.org/proxy\n\ngo 1.24\n")
+    built = folder / program.stem
+    settings = {"GOCACHE": go_cache(), "GOPATH": folder / "go", "GOENV": "off", "GOFLAGS": ""}
+    build = (environment() / "bin" / "go", "build", "-o", built, program)
+    run(*build, folder=folder, GOPROXY="off", GOTOOLCHAIN="local", **settings)
+    return [built]
 
 
-def typescript(journey: str, folder: Path) -> list[str | Path]:
-    """Compile a journey and the client that it imports, strictly."""
-    (folder / "node_modules").symlink_to(node_modules())
-    shutil.copy(JOURNEYS / f"{journey}.ts", folder / "journey.ts")
-    shutil.copy(JOURNEYS / "tsconfig.json", folder)
+def typescript(folder: Path, program: Path) -> list[str | Path]:
+    """Compile a program and the client that it imports, strictly."""
+    settings = json.loads((JOURNEYS / "tsconfig.json").read_text())
+    (folder / "tsconfig.json").write_text(json.dumps(settings | {"files": [program.name]}))
     run(node_modules() / ".bin" / "tsc", folder=folder)
-    return ["node", folder / "built" / "journey.js"]
+    return ["node", folder / "built" / f"{program.stem}.js"]
 
 
-def typescript_fetch(folder: Path) -> list[str | Path]:
-    openapi_generator(folder / "client", "typescript-fetch")
-    return typescript("typescript_fetch", folder)
+class Client(NamedTuple):
+    """A client of the page."""
+
+    heading: str
+    journey: str
+    build: Callable[[Path, Path], list[str | Path]]
+    """Compiles a program in the folder of its client. Returns the command that runs it."""
+    retries: bool = False
+    """Whether its example shows how to retry."""
 
 
-def openapi_fetch(folder: Path) -> list[str | Path]:
-    tool = node_modules() / ".bin" / "openapi-typescript"
-    run(tool, DOCUMENT, "--output", folder / "client.d.ts")
-    return typescript("openapi_fetch", folder)
+CLIENTS = [
+    Client("Python, with openapi-generator", "python.py", python, retries=True),
+    Client("Python, with openapi-python-client", "python_client.py", python),
+    Client("Java, with openapi-generator", "java/Journey.java", java, retries=True),
+    Client("Go, with openapi-generator", "main.go", go, retries=True),
+    Client(
+        "TypeScript, with openapi-generator", "typescript_fetch.ts", typescript, retries=True
+    ),
+    Client("TypeScript, with openapi-fetch", "openapi_fetch.ts", typescript),
+    Client("TypeScript, with hey-api", "hey_api.ts", typescript),
+]
 
 
-def hey_api(folder: Path) -> list[str | Path]:
-    tool = node_modules() / ".bin" / "openapi-ts"
-    run(tool, "--input", DOCUMENT, "--output", folder / "client", "--no-log-file")
-    return typescript("hey_api", folder)
+@pytest.fixture(scope="module", params=CLIENTS, ids=[each.heading for each in CLIENTS])
+def generated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Client, Path]:
+    """A client, generated by the command of the page as it is written, and its folder."""
+    client: Client = request.param
+    folder = tmp_path_factory.mktemp("client")
+    shutil.copy(ROOT / "openapi.json", folder)
+    command, _ = shown(client.heading)
+    programs = os.environ["PATH"]
+    if client.build is typescript:
+        (folder / "node_modules").symlink_to(node_modules())
+    if not command.startswith("npx"):
+        need("java")
+        programs = f"{environment() / 'bin'}{os.pathsep}{programs}"
+    run("bash", "-c", command, folder=folder, PATH=programs)
+    return client, folder
 
 
-Build = Callable[[Path], list[str | Path]]
-CLIENTS: dict[str, Build] = {
-    build.__name__: build
-    for build in (python, python_client, java, go, typescript_fetch, openapi_fetch, hey_api)
-}
-"""How each client is generated and built, and the command that then makes the journey."""
-
-
-@pytest.mark.parametrize("client", CLIENTS)
 def test_a_generated_client_makes_the_whole_journey(
-    client: str, servers: dict[str, str], tmp_path: Path
+    generated: tuple[Client, Path], servers: dict[str, str]
 ) -> None:
-    command = CLIENTS[client](tmp_path)
+    client, folder = generated
+    journey = Path(shutil.copy(JOURNEYS / client.journey, folder))
 
     steps = run(
-        *command, folder=tmp_path, AGENT=str(uuid.uuid4()), PYTHONPATH=tmp_path, **servers
+        *client.build(folder, journey),
+        folder=folder,
+        AGENT=str(uuid.uuid4()),
+        PYTHONPATH=f"{folder}:{folder / 'client'}",
+        **servers,
     )
 
     assert steps.splitlines() == STEPS
+
+
+def test_the_example_of_a_client_prints_what_the_page_shows(
+    generated: tuple[Client, Path], start_service: StartService
+) -> None:
+    """One that retries does so with the key, so that a call counts once."""
+    client, folder = generated
+
+    class Proxy(_Unreliable):
+        service = start_service().url
+        calls: ClassVar[list[str]] = []
+
+    _, program = shown(client.heading)
+    example = folder / f"Example{Path(client.journey).suffix}"
+    with serving(Proxy) as proxy:
+        url = proxy if client.retries else Proxy.service
+        example.write_text(program.replace("http://localhost:8000", url))
+        printed = run(
+            *client.build(folder, example),
+            folder=folder,
+            PYTHONPATH=f"{folder}:{folder / 'client'}",
+        )
+
+    assert printed == PRINTED
+    if client.retries:
+        first, again, once_more, other = Proxy.calls
+        assert first == again == once_more != other

@@ -8,7 +8,7 @@ import (
 	"net/http"
 	"os"
 
-	arbiter "example.org/journey/client"
+	"example.org/proxy/arbiter"
 )
 
 func check(holds bool, what ...any) {
