@@ -246,6 +246,7 @@ def _strict(response: RawResponse) -> RawResponse:
         *_without_content(response),
         (b"x-arbiter-status", b"%d" % response.status),
         (b"x-arbiter-problem", _one_line(response.body)),
+        (b"x-arbiter-message", _message(response).encode("ascii", "replace")),
     ]
     keyless = response.status == HTTPStatus.UNAUTHORIZED
     return RawResponse(response.status if keyless else HTTPStatus.FORBIDDEN.value, headers)
@@ -255,15 +256,19 @@ def _mcp(response: RawResponse) -> RawResponse:
     """For clients that speak MCP: they lose any error that is not JSON-RPC."""
     if response.status == HTTPStatus.OK:
         return response
-    problem = jiter.from_json(response.body)
-    message = problem.get("agent_message", problem["title"])
     body = b'{"jsonrpc":"2.0","id":null,"error":{"code":%d,"message":%b,"data":%b}}' % (
         _DENIED_CODE,
-        to_json(message),
+        to_json(_message(response)),
         response.body,
     )
     length = (b"content-length", b"%d" % len(body))
     return RawResponse(response.status, [JSON, length, *_without_content(response)], body)
+
+
+def _message(response: RawResponse) -> str:
+    """What the agent may be told."""
+    problem = jiter.from_json(response.body)
+    return str(problem.get("agent_message", problem["title"]))
 
 
 def _without_content(response: RawResponse) -> list[tuple[bytes, bytes]]:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from app.api.gateways import FREE_METHODS
+from app.api.problem_types import PROBLEM_TYPES
 from app.http.auth import Scope, new_key
 from app.settings import BadSettings, load_settings
 from app.store.contract import StoreLimits
@@ -368,8 +369,16 @@ async def test_a_strict_denial_says_all_in_headers(api: Api) -> None:
     assert (strict.status_code, strict.content) == (403, b"")
     assert strict.headers["x-arbiter-status"] == "429"
     assert strict.headers["x-arbiter-problem"] == native.text
+    assert strict.headers["x-arbiter-message"] == native.json()["agent_message"]
     for name in ("ratelimit", "ratelimit-policy", "retry-after", "x-should-retry"):
         assert strict.headers[name] == native.headers[name]
+
+
+def test_what_an_agent_is_told_can_stand_in_any_text() -> None:
+    for kind in PROBLEM_TYPES.values():
+        for text in (kind.agent_message or "", kind.title):
+            assert text.isascii()
+            assert not {*text} & {*'"\\'}
 
 
 async def test_a_denial_of_mcp_is_an_error_of_json_rpc(api: Api) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -260,16 +261,29 @@ class Gateway:
 
 @contextmanager
 def running_gateway(
-    name: str, folder: Path, token: str, service: str, upstream: str
+    name: str,
+    folder: Path,
+    token: str,
+    service: str,
+    upstream: str,
+    *,
+    for_mcp: bool = False,
 ) -> Iterator[str]:
-    """Run a gateway with its shipped configuration, at other addresses; yield its own."""
+    """Run a gateway with its shipped configuration, at other addresses; yield its own. With
+    `for_mcp`, with the answers that the comments there advise for clients that speak MCP."""
     kind = PROGRAMS[name]
     program = find(kind.program)
     assert program is not None
     port = free_port()
     for file in kind.files:
         text = (SHIPPED / file).read_text()
-        (folder / file).write_text(_moved(text, token, service, upstream, port))
+        text = _moved(text, token, service, upstream, port)
+        if for_mcp:
+            text = text.replace("/authz/native", "/authz/mcp")
+            text = text.replace("set $arbiter_answer $arbiter_problem;", "", 1)
+            text = re.sub(r"default_type [a-z/+]+;(?=\s+# Clients)", "", text)
+            text = text.replace("# default_type", "default_type").replace("# set $", "set $")
+        (folder / file).write_text(text)
     values = {"folder": str(folder), "port": str(port % 30_000)}
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
