@@ -155,16 +155,22 @@ def _describe_responses(operation: dict[str, Any], schemas: dict[str, Any]) -> N
         response["headers"] = dict(sorted(headers.items()))
         content = response.get("content", {}).get("application/json")
         if content is not None:
-            name = content["schema"]["$ref"].removeprefix(_REF)
-            content["example"] = _example(schemas[name], schemas)
+            schema = schemas[content["schema"]["$ref"].removeprefix(_REF)]
+            content["example"] = _example(schema, schemas)
+            if response["description"] == _NOT_DESCRIBED:
+                response["description"] = schema["description"]
+
+
+_NOT_DESCRIBED = "Successful Response"
+"""FastAPI's description of a response that the route does not describe."""
 
 
 def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
     """The example of a schema. That of a page has one item."""
-    if "examples" in schema:
-        return deepcopy(schema["examples"][0])
-    item = schemas[schema["properties"]["items"]["items"]["$ref"].removeprefix(_REF)]
-    return {"items": [_example(item, schemas)]}
+    if "items" in schema["properties"]:
+        item = schema["properties"]["items"]["items"]["$ref"].removeprefix(_REF)
+        return {"items": [_example(schemas[item], schemas)]}
+    return deepcopy(schema["examples"][0])
 
 
 def _close(schema: dict[str, Any]) -> None:

@@ -229,6 +229,7 @@ def test_every_code_has_a_full_example(document: dict[str, Any]) -> None:
 def test_every_operation_has_an_example_answer(document: dict[str, Any]) -> None:
     for operation in operations(document):
         for status in {"200", "201"} & operation["responses"].keys():
+            assert operation["responses"][status]["description"] != "Successful Response"
             for content in operation["responses"][status]["content"].values():
                 assert content["example"]
 
