@@ -29,6 +29,7 @@ LEAST = {
     "a denial": 0.62,
     "read a session": 0.72,
     "create a session": 0.40,
+    "a gateway": 0.65,
 }
 """What each form must reach, relative to the bare function."""
 
@@ -43,6 +44,13 @@ def forms_of(plain: Target, scratch: Path) -> dict[str, Target]:
         paths.write_text(plain.paths.read_text().replace("/calls", replaced))
         return paths
 
+    gateway = scratch / f"gateway-{plain.port}.paths"
+    gateway.write_text("/authz/native\n")
+    asks = (
+        f"x-arbiter-key: {plain.authorization.removeprefix('Bearer ')}",
+        f"x-arbiter-session: {plain.paths.read_text().split('/')[2]}",
+        "x-arbiter-tool: read_file",
+    )
     create = scratch / f"create-{plain.port}.paths"
     create.write_text("/sessions\n")
     return {
@@ -62,6 +70,12 @@ def forms_of(plain: Target, scratch: Path) -> dict[str, Target]:
             paths=elsewhere("read", ""), method="GET", headers="accept: */*", body=""
         ),
         "create a session": plain._replace(paths=create, body=json.dumps(SESSION)),
+        "a gateway": plain._replace(
+            paths=gateway,
+            method="GET",
+            headers="\n".join(asks),
+            body="",
+        ),
     }
 
 

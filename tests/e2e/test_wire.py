@@ -138,3 +138,43 @@ def test_curl_may_offer_http2(start_service: StartService) -> None:
     assert typed.stdout.splitlines() == ["200 1.1 1", "200 1.1 0"]
     session = httpx.get(f"{service.url}/sessions/{made['session_id']}").json()
     assert session["calls_made"] == 2
+
+
+def check(
+    session_id: str, *headers: bytes, body: bytes = b"", path: bytes = b"native"
+) -> bytes:
+    lines = [
+        b"PUT /authz/%b HTTP/1.1" % path,
+        b"host: api.example.com",
+        b"x-arbiter-session: %b" % session_id.encode(),
+        b"x-arbiter-tool: read_file",
+        b"x-request-id: r-1",
+        *headers,
+        b"",
+        body,
+    ]
+    return b"\r\n".join(lines)
+
+
+@pytest.mark.parametrize("size", [0, 10, 60_000])
+@pytest.mark.parametrize("headers", [[], [b"expect: 100-continue"]])
+def test_a_gateway_is_answered_at_once_whatever_the_body(
+    services: list[Service], size: int, headers: list[bytes]
+) -> None:
+    """The body is not read, and the connection goes on after it."""
+    seen = []
+    for service in services:
+        created = httpx.post(f"{service.url}/sessions", json=session_request(call_budget=2))
+        session_id = created.json()["session_id"]
+        length = b"content-length: %d" % size
+        question = check(session_id, length, *headers, body=b"x" * size)
+        seen.append(
+            settled(
+                exchange(service, question, question, check(session_id, path=b"strict/a%20b"))
+            )
+        )
+
+    assert seen[0] == seen[1]
+    assert seen[0].count(b"HTTP/1.1 200 ") == 3
+    assert seen[0].count(b"HTTP/1.1 403 ") == 1
+    assert b"x-arbiter-status: 429" in seen[0]
