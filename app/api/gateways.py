@@ -325,10 +325,11 @@ class GatewayHandler(Handler):
                     raise _invalid(_KEY, "must be sent only once, without commas")
         try:
             return authenticator.identify(token, request.scope.get("server"))
-        except Unauthenticated:
+        except Unauthenticated as error:
+            detail = "The gateway must send a valid API key: X-Arbiter-Key: <name>.<secret>"
             raise Refused(
                 UNAUTHENTICATED,
-                "The gateway must send a valid API key: X-Arbiter-Key: <name>.<secret>",
+                detail if authenticator.enabled else str(error),
                 headers=[(b"www-authenticate", _CHALLENGE)],
             ) from None
 

@@ -442,6 +442,16 @@ async def test_the_key_is_checked_before_the_session(
     assert strict.headers["x-arbiter-status"] == str(expected[0])
 
 
+async def test_without_keys_only_loopback_is_served(api: Api) -> None:
+    elsewhere = httpx.ASGITransport(api.client._transport.app)  # type: ignore[attr-defined]
+    base = "http://192.0.2.1:8000"
+    async with httpx.AsyncClient(transport=elsewhere, base_url=base) as client:
+        answer = await client.get("/authz/native", headers=[TOOL])
+
+    assert code(answer) == (401, "unauthenticated")
+    assert "loopback" in answer.json()["detail"]
+
+
 async def test_a_key_is_ignored_where_there_are_none(api: Api) -> None:
     session = await opened(api)
 
