@@ -150,7 +150,7 @@ SESSION_LIMIT_REACHED = ProblemType(
     "ARBITER_MAX_SESSIONS, or use shorter time limits or a shorter ARBITER_RETENTION_SECS. "
     "Creations with an Idempotency-Key are remembered for 24 hours, up to the same number for "
     "one caller. The memory store remembers ARBITER_MAX_REMEMBERED_CALLS calls with a "
-    "key, half of them for one caller.",
+    "key for one caller.",
     "No new task can be started right now; try again later.",
     next_action="wait",
     retryable=True,

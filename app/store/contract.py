@@ -54,8 +54,9 @@ class StoreLimits:
     """The most sessions in the store, including ended ones not yet removed."""
     max_active_sessions_per_agent: int | None = None
     max_remembered_calls: int = 2_000_000
-    """How many calls with idempotency keys a store keeps in memory. Stores that keep them
-    elsewhere are limited by the disk or the engine."""
+    """How many calls with idempotency keys of one caller a store keeps in memory. All callers
+    together may have twice as many (`FairShare`). Stores that keep them elsewhere are limited
+    by the disk or the engine."""
 
     @property
     def max_remembered_creations(self) -> int:

@@ -93,7 +93,7 @@ class MemoryStore(SessionStore):
         # which comes first; its entry here is then skipped.
         self._closings: deque[tuple[int, str]] = deque()
         self._replays: ShardedDict[str, _Replays] = ShardedDict()
-        self._remembered_calls = FairShare(limits.max_remembered_calls)
+        self._remembered_calls = FairShare(2 * limits.max_remembered_calls)
         self._requests: dict[Admission | str, Admission | str] = {}
         self._creations: ShardedDict[_CreationId, _Creation] = ShardedDict()
         self._remembered_creations = FairShare(limits.max_remembered_creations)

@@ -67,7 +67,7 @@ async def test_an_admission_scans_neither_sessions_nor_tools() -> None:
 
 @pytest.mark.anyio
 async def test_remembered_calls_are_bounded_and_shared_by_callers() -> None:
-    store = MemoryStore(StoreLimits(retention_secs=0, max_remembered_calls=8))
+    store = MemoryStore(StoreLimits(retention_secs=0, max_remembered_calls=4))
     session = await opened(store, a_grant(call_budget=100))
 
     async def call_until_refused(caller: str) -> int:
