@@ -125,6 +125,8 @@ async def list_sessions(
     status: Annotated[
         SessionStatus | None, Query(description="Only sessions with this status.")
     ] = None,
+    limit: Limit = DEFAULT_PAGE,
+    cursor: ListCursor = None,
     tool: Annotated[
         ToolName | None,
         Query(description="Only sessions that authorise this tool, by name or by pattern."),
@@ -135,8 +137,6 @@ async def list_sessions(
     expires_before: Annotated[
         QueryInstant | None, Query(description="Only sessions with a deadline before this.")
     ] = None,
-    limit: Limit = DEFAULT_PAGE,
-    cursor: ListCursor = None,
 ) -> RawResponse:
     """List sessions in the order of their deadlines. Ended ones stay until they are swept. A
     page looks at no more than 5,000 sessions, so with a filter it may hold fewer than `limit`,

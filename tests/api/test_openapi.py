@@ -17,6 +17,7 @@ from openapi_spec_validator import OpenAPIV30SpecValidator, validate
 from app import __version__
 from app.api.openapi import HEADERS
 from app.api.problem_types import ProblemCode
+from app.http.problems import INVALID_CHECK
 from app.main import create_app
 from app.settings import Settings
 from tests.conftest import Api
@@ -214,7 +215,9 @@ def test_every_code_has_a_full_example(document: dict[str, Any]) -> None:
         "components": document["components"],
     }
 
-    assert list(examples) == [code.value for code in ProblemCode]
+    # Routes for gateways are not in the document, nor what only they answer.
+    outside = {INVALID_CHECK.code}
+    assert list(examples) == [code.value for code in ProblemCode if code.value not in outside]
     for code, example in examples.items():
         problem = example["value"]
         jsonschema.validate(problem, schema)

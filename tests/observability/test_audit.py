@@ -96,7 +96,7 @@ def test_every_decision_and_every_change_is_logged(
     assert created["grant"]["authorized_tools"] == wanted["authorized_tools"]
     assert created["grant"]["call_budget"] == 3
     assert denied["violations"] == [
-        {"code": "tool_not_authorized", "tool_indexes": [0]},
+        {"code": "tool_not_authorized", "requested": 1, "tool_indexes": [0]},
         {"code": "sensitivity_exceeded", "ceiling": "internal"},
     ]
     assert dry["violations"] == [

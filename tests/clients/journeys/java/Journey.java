@@ -105,8 +105,9 @@ public class Journey {
     check(problem.getCode().equals("rate_limited") && problem.getRetryable(), problem);
     check(problem.getRetryAfterSecs() >= 1 && problem.getRetryAfterSecs() <= 60, problem);
     System.out.println("rate limited");
-    SessionPage page = listing.listSessions(AGENT, SessionStatus.ACTIVE, 1, null);
-    SessionPage rest = listing.listSessions(AGENT, SessionStatus.ACTIVE, 1, page.getNextCursor());
+    SessionPage page = listing.listSessions(AGENT, SessionStatus.ACTIVE, 1, null, null, null, null);
+    String cursor = page.getNextCursor();
+    SessionPage rest = listing.listSessions(AGENT, SessionStatus.ACTIVE, 1, cursor, null, null, null);
     Set<UUID> found =
         Set.of(page.getItems().get(0).getSessionId(), rest.getItems().get(0).getSessionId());
     check(found.equals(Set.of(it, slow)) && rest.getNextCursor() == null, found);
