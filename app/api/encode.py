@@ -116,8 +116,7 @@ def encode_session(session: Session) -> bytes:
     """Encode a session as JSON. The fields that change during its life come last."""
     remaining = session.calls_remaining
     terms, usage = session.terms, session.usage
-    runs = terms.closed_at is None and session.as_of < terms.expires_at
-    if runs and terms.paused_at is None:
+    if terms.closed_at is None and session.as_of < terms.expires_at and terms.paused_at is None:
         state = _ACTIVE if remaining > 0 else _SPENT
     else:
         state = b'"%b","is_active":false}' % session.status.encode()

@@ -67,7 +67,8 @@ class Dispatcher:
         self._start_span = start_span
         self._services = framework.state.services
         self._handlers: dict[tuple[str, ...], Handler] = {}
-        self._open_at: set[tuple[int, int]] = set()
+        self._open_at: dict[int, list[int]] = {}
+        """Where paths with this many parts, the method among them, may be open."""
         self._trees: dict[str, Handler] = {}
         for route in routes:
             if isinstance(route, StrictRoute):
@@ -81,7 +82,9 @@ class Dispatcher:
             return
         shape = [_OPEN if part.startswith("{") else part for part in parts]
         if _OPEN in shape:
-            self._open_at.add((len(parts), shape.index(_OPEN)))
+            places = self._open_at.setdefault(len(parts) + 1, [])
+            if (place := shape.index(_OPEN) + 1) not in places:
+                places.append(place)
         for method in handler.methods or ():
             self._handlers[(method, *shape)] = handler
 
@@ -93,13 +96,12 @@ class Dispatcher:
             return found, ""
         if len(parts) > _PARTS_OF_A_TREE and (tree := self._trees.get(parts[2])):
             return tree, "/".join(parts[3:])
-        for length, at in self._open_at:
-            if length == len(parts) - 1:
-                value, parts[at + 1] = parts[at + 1], _OPEN
-                found = self._handlers.get(tuple(parts))
-                if found is not None and value:
-                    return found, value
-                parts[at + 1] = value
+        for at in self._open_at.get(len(parts), ()):
+            value, parts[at] = parts[at], _OPEN
+            found = self._handlers.get(tuple(parts))
+            if found is not None and value:
+                return found, value
+            parts[at] = value
         return None, ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +141,8 @@ class Dispatcher:
                 return
             echoed_id = request.echoed_id or request_id
             await _send(send, response, echoed_id, is_head=method == "HEAD")
-            self._observe(_label(method), handler.path, response.status, _since(started))
+            label = _label(method) if handler.is_tree else method
+            self._observe(label, handler.path, response.status, _since(started))
 
     async def _fall_through(
         self, scope: Scope, receive: Receive, send: Send, *, is_head: bool

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -84,6 +83,8 @@ class Handler:
         self._run: Callable[..., Awaitable[RawResponse]] = route.endpoint
         self._read: list[tuple[str, Callable[[StrictRequest], Any]]] = []
         self._query: dict[str, TypeAdapter[Any]] = {}
+        self._defaults: dict[str, Any] = {}
+        """Of query parameters."""
         self._to_model: Callable[[Any], Any] | None = None
         self._default_body: Any = inspect.Parameter.empty
         signature = inspect.signature(route.endpoint, eval_str=True)
@@ -100,8 +101,7 @@ class Handler:
                 self._default_body = parameter.default
                 self._to_model = TypeAdapter(annotation).validator.validate_python
             else:
-                read = partial(_query_value, name, parameter.default)
-                self._read.append((name, read))
+                self._defaults[name] = parameter.default
                 self._query[name] = TypeAdapter(annotation)
         self._names = tuple(self._query)
 
@@ -114,12 +114,17 @@ class Handler:
                 self._authorize(request)
             self.read_url(request)
             if self._to_model is not None:
-                if request.has_body or self._default_body is inspect.Parameter.empty:
+                if self._default_body is inspect.Parameter.empty or request.has_body:
                     request.body = await self.read_body(request, receive)
                 else:
                     request.body = self._default_body
             self._validate(request)
-            return await self._run(**{name: read(request) for name, read in self._read})
+            arguments = self._defaults.copy()
+            for name, read in self._read:
+                arguments[name] = read(request)
+            if request.query:
+                arguments.update(request.query)
+            return await self._run(**arguments)
         except ClientDisconnect:
             raise
         except Failure as error:
@@ -136,9 +141,9 @@ class Handler:
         if request.scope["query_string"]:
             request.query = request.read_query(self._names)
 
-    async def read_body(self, request: StrictRequest, receive: Receive) -> Any:
+    def read_body(self, request: StrictRequest, receive: Receive) -> Awaitable[Any]:
         """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
-        return await request.read_json(receive)
+        return request.read_json(receive)
 
     def repeat(self, request: StrictRequest) -> Repeat:
         """What happens if the request is repeated."""
@@ -192,10 +197,6 @@ class Handler:
 def _client(scope: Mapping[str, Any]) -> str:
     client = scope.get("client")
     return client[0] if client else ""
-
-
-def _query_value(name: str, default: Any, request: StrictRequest) -> Any:
-    return request.query.get(name, default)
 
 
 def _body(request: StrictRequest) -> Any:
