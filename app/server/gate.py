@@ -110,10 +110,9 @@ class Gate:
         surplus = SURPLUS_CLOSINGS if method == b"DELETE" else 0
         return self.metrics.requests_in_flight < self.max_requests_in_flight + surplus
 
-    def release(self) -> None:
-        """Count one request less in flight, and start the one that has waited longest."""
-        self.metrics.requests_in_flight -= 1
-        if self.queue and self.metrics.requests_in_flight < self.max_requests_in_flight:
+    def start_next(self) -> None:
+        """Start the request that has waited longest, if there is room for it."""
+        if self.metrics.requests_in_flight < self.max_requests_in_flight:
             waiter = self.queue.take()
             if waiter is not None:
                 waiter.start()

@@ -325,7 +325,10 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle is not self._running:
                 # It waits for earlier messages.
                 return
-            if not self._accept(cycle):
+            # Most requests are served at once.
+            if self._metrics.requests_in_flight < self._max_in_flight:
+                self._serve(cycle)
+            elif not self._accept(cycle):
                 self._stop(Refused(OVERLOADED))
 
     # Serving and shedding.
@@ -445,7 +448,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def _release(self, _: object = None) -> None:
         if self._in_flight:
             self._in_flight = False
-            self._gate.release()
+            self._metrics.requests_in_flight -= 1
+            if self._gate.queue.waiting:
+                self._gate.start_next()
 
     @override
     def on_response_complete(self) -> None:

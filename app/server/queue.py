@@ -38,15 +38,13 @@ class RequestQueue(Generic[W]):
     ) -> None:
         self._max_delay_secs = max_delay_secs
         self._clock = clock
-        self._waiting: deque[tuple[float, W]] = deque()
+        self.waiting: deque[tuple[float, W]] = deque()
+        """When each request joined. Some may have been given up."""
         self._late_at = -math.inf
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
 
     def has_room(self) -> bool:
         """Whether one more request may wait."""
-        waiting, now = self._waiting, self._clock()
+        waiting, now = self.waiting, self._clock()
         while waiting and not waiting[0][1].is_waiting:
             waiting.popleft()
         delay = self._max_delay_secs
@@ -57,12 +55,12 @@ class RequestQueue(Generic[W]):
 
     def join(self, waiter: W) -> None:
         """Add a request at the end."""
-        self._waiting.append((self._clock(), waiter))
+        self.waiting.append((self._clock(), waiter))
 
     def shed_overdue(self) -> None:
         """Shed what has waited longer than the maximum delay."""
         now = self._clock()
-        waiting = self._waiting
+        waiting = self.waiting
         while waiting and now - waiting[0][0] > self._max_delay_secs:
             _, waiter = waiting.popleft()
             if waiter.is_waiting:
@@ -73,8 +71,8 @@ class RequestQueue(Generic[W]):
         """Remove the oldest request and return its connection, after shedding what has waited
         too long. Return None if nothing waits."""
         self.shed_overdue()
-        while self._waiting:
-            _, waiter = self._waiting.popleft()
+        while self.waiting:
+            _, waiter = self.waiting.popleft()
             if waiter.is_waiting:
                 return waiter
         return None

@@ -168,11 +168,10 @@ def test_a_gateway_is_answered_at_once_whatever_the_body(
         session_id = created.json()["session_id"]
         length = b"content-length: %d" % size
         question = check(session_id, length, *headers, body=b"x" * size)
-        seen.append(
-            settled(
-                exchange(service, question, question, check(session_id, path=b"strict/a%20b"))
-            )
-        )
+        denied = check(session_id, path=b"strict/a%20b")
+        received = settled(exchange(service, question, question, denied))
+        # It is left out where the body has come by then (RFC 9110, section 10.1.1).
+        seen.append(received.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""))
 
     assert seen[0] == seen[1]
     assert seen[0].count(b"HTTP/1.1 200 ") == 3

@@ -105,14 +105,15 @@ def test_idle_connections_end_sooner_near_the_limit(held: int, told: list[str]) 
 
 def test_a_request_that_ends_starts_the_one_that_waited_longest() -> None:
     gate = gate_of(in_flight=2)
-    gate.metrics.requests_in_flight = 3
+    gate.metrics.requests_in_flight = 2
     first, second = FakeConnection(), FakeConnection()
     gate.queue.join(first)
     gate.queue.join(second)
 
-    gate.release()
-    assert first.told == []  # one in flight was a DELETE over the limit
-    gate.release()
+    gate.start_next()
+    assert first.told == []  # what ended was a DELETE over the limit
+    gate.metrics.requests_in_flight = 1
+    gate.start_next()
 
     assert (first.told, second.told) == (["start"], [])
 
