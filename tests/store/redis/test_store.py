@@ -25,6 +25,7 @@ from tests.engines import Server
 from tests.faults import FaultProxy, proxied
 from tests.support import (
     AGENT,
+    ManualClock,
     a_call,
     a_grant,
     close,
@@ -196,6 +197,21 @@ class TestKeys:
             own = [each for key, each in lives.items() if key.endswith(session_id)]
             assert len(own) >= 1
             assert all(life - 5 <= each <= life for each in own)
+
+    async def test_a_session_closed_long_after_its_end_waits_for_the_sweep(
+        self, server: Server, clock: ManualClock
+    ) -> None:
+        limits = StoreLimits(retention_secs=300)
+        store = RedisStore(RedisUrl.parse(server.url), limits, clock)
+        await store.open()
+        session = await opened(store, a_grant(time_limit_secs=1))
+        clock.advance(24 * 3600)
+
+        await close(store, session.session_id)
+
+        (key,) = server.client.keys("*:session:*")
+        assert server.client.ttl(key) > 30
+        await store.aclose()
 
     async def test_everything_of_an_agent_is_in_one_cell(self, server: Server) -> None:
         store = await connected(server.url, max_active_sessions_per_agent=9)
