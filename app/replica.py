@@ -21,7 +21,7 @@ class ReplicaState(NamedTuple):
     started_at: int
     """Microseconds since the Unix epoch."""
     draining: bool
-    """Whether load balancers are told to go elsewhere, by an operator or after SIGTERM."""
+    """Whether `/readyz` answers 503: an operator asked for that, or the process is stopping."""
     log_level: LogLevel
     pid: int
 

@@ -167,7 +167,7 @@ def _sum(field: str, before: int, absolute: int | None, more: int | None, most: 
 def _tools(before: AllowList, amendment: Amendment) -> AllowList:
     if amendment.authorized_tools is not None:
         return AllowList.of(amendment.authorized_tools)
-    removed = _indexed(amendment.remove_tools, before.entries)
+    removed = _entries_to_remove(amendment.remove_tools, before.entries)
     kept = [entry for entry in before.entries if entry not in removed]
     kept += [entry for entry in dict.fromkeys(amendment.add_tools) if entry not in kept]
     if len(kept) > MAX_ENTRIES:
@@ -175,7 +175,7 @@ def _tools(before: AllowList, amendment: Amendment) -> AllowList:
     return AllowList.of(kept)
 
 
-def _indexed(removed: tuple[str, ...], entries: Collection[str]) -> frozenset[str]:
+def _entries_to_remove(removed: tuple[str, ...], entries: Collection[str]) -> frozenset[str]:
     """The entries to remove. One that a pattern covers would stay allowed, so it is refused."""
     for index, entry in enumerate(removed):
         if entry not in entries:

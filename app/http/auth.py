@@ -138,7 +138,7 @@ class _Known(NamedTuple):
     caller: Caller | None
 
 
-_NOBODY = _Known(bytes(32), bytes(32), None)
+_UNKNOWN = _Known(bytes(32), bytes(32), None)
 
 
 class Unauthenticated(Exception):
@@ -214,7 +214,7 @@ class Authenticator:
         name, _, secret = token.strip().partition(b".")
         # An unknown name costs the same hash and comparisons as a known one, and one secret the
         # same as two. `or` would skip the second comparison.
-        first, second, caller = self._known.get(name, _NOBODY)
+        first, second, caller = self._known.get(name, _UNKNOWN)
         digest = sha256(secret).digest()
         proven = compare_digest(digest, first) | compare_digest(digest, second)
         if not proven or caller is None or scheme.lower() != b"bearer":

@@ -265,16 +265,14 @@ class Repeat(Enum):
     MAY_COUNT_TWICE = auto()
 
 
-_HOW_TO_FIND_OUT = (
-    "The request may have been recorded, but nothing was allowed: let no call through, and do "
-    "not repeat it. To find out, read the session: calls_made has grown if it was counted; for "
-    "a creation, list the agent's sessions. With an Idempotency-Key a repetition is safe."
-)
 _UNKNOWN_DETAILS = {
     Repeat.HARMLESS: "The request may have taken effect. Repeating it is safe.",
     Repeat.KEYED: "The request may have been recorded. Repeat it with the same "
     "Idempotency-Key, which cannot record it twice.",
-    Repeat.MAY_COUNT_TWICE: _HOW_TO_FIND_OUT,
+    Repeat.MAY_COUNT_TWICE: "The request may have been recorded, but no permission was given: "
+    "let no call through, and do not repeat it. To find out, read the session: calls_made has "
+    "grown if it was counted; for a creation, list the agent's sessions. With an "
+    "Idempotency-Key a repetition is safe.",
 }
 
 
