@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from app.http.auth import Authenticator
-from app.http.direct_send import send_directly
 from app.http.problems import (
     MISDIRECTED_REQUEST,
     Failure,
@@ -34,6 +33,9 @@ from app.http.response import Headers, RawResponse
 from app.http.route import Handler, StrictRoute
 
 NO_STORE = (b"cache-control", b"no-store")
+WHOLE_RESPONSE = "arbiter.http.response"
+"""The ASGI extension, and the type of its one message: a whole `response`, and more `headers`.
+A server that names it in the scope sends a response with one write."""
 UNMATCHED = "unmatched"
 """The route label of requests that no route took."""
 
@@ -120,7 +122,7 @@ class Dispatcher:
             request.header_values(b"host"), scope.get("server")
         ):
             response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
-            await _send(send, response, request_id, is_head=method == "HEAD")
+            await _send(scope, send, response, request_id, is_head=method == "HEAD")
             self._observe(_label(method), UNMATCHED, response.status, _since(started))
         elif handler is None or scope.get("root_path"):
             scope = {**scope, "method": served_as}
@@ -140,7 +142,7 @@ class Dispatcher:
             except ClientDisconnect:
                 return
             echoed_id = request.echoed_id or request_id
-            await _send(send, response, echoed_id, is_head=method == "HEAD")
+            await _send(scope, send, response, echoed_id, is_head=method == "HEAD")
             label = _label(method) if handler.is_tree else method
             self._observe(label, handler.path, response.status, _since(started))
 
@@ -170,7 +172,7 @@ class Dispatcher:
             if status:
                 raise
             status = response.status
-            await _send(send, response, request_id, is_head=is_head)
+            await _send(scope, send, response, request_id, is_head=is_head)
         return status
 
 
@@ -179,11 +181,14 @@ def common_headers(request_id: str) -> Headers:
     return [(REQUEST_ID, request_id.encode()), NO_STORE]
 
 
-async def _send(send: Send, response: RawResponse, request_id: str, *, is_head: bool) -> None:
+async def _send(
+    scope: Scope, send: Send, response: RawResponse, request_id: str, *, is_head: bool
+) -> None:
     if is_head:
         response = response._replace(body=b"")
     extra = common_headers(request_id)
-    if send_directly(send, response, extra):
+    if WHOLE_RESPONSE in scope.get("extensions", ()):
+        await send({"type": WHOLE_RESPONSE, "response": response, "headers": extra})
         return
     headers = [*response.headers, *extra]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})

@@ -1,4 +1,4 @@
-"""Flow control: reading that can be held, and how much is unread and unsent."""
+"""How much of a connection is unread and unsent."""
 
 from __future__ import annotations
 
@@ -6,31 +6,6 @@ import asyncio
 import fcntl
 import sys
 import termios
-
-from typing_extensions import override
-from uvicorn.protocols.http.flow_control import FlowControl
-
-
-class HoldableFlow(FlowControl):
-    """Flow control that only its holder can resume. uvicorn resumes its own whenever an
-    application asks for the body."""
-
-    held = False
-
-    @override
-    def resume_reading(self) -> None:
-        if not self.held:
-            super().resume_reading()
-
-    def hold(self) -> None:
-        """Stop reading until released."""
-        self.held = True
-        self.pause_reading()
-
-    def release(self) -> None:
-        """Resume reading."""
-        self.held = False
-        self.resume_reading()
 
 
 def unread_bytes(transport: asyncio.Transport) -> int:

@@ -1,8 +1,8 @@
-"""The limits that uvicorn has no setting for: the size, form and duration of requests, and the
-number of requests in flight.
+"""The connection of the service: uvicorn's task, with limits that uvicorn has no setting for.
 
-`LimitedProtocol` is a subclass of uvicorn's connection over httptools and uses its internals.
-A test holds a digest of those internals, so a change in uvicorn is reviewed before it is used.
+It limits the size, form and duration of requests, and the number of requests in flight. A
+request is served once it is whole. The checks that every request needs are in the parser's
+callbacks and written for speed. Rare conditions are derived when they are needed.
 
 A refusal is sent after the responses to earlier requests on the connection. Nothing more is
 read then. The connection is half closed first and closed a moment later, because closing it
@@ -12,17 +12,21 @@ with unread data would reset it, and the client could lose the response.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from collections import deque
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import httptools
 from typing_extensions import override
-from uvicorn._types import ASGI3Application, HTTPScope
+from uvicorn._types import HTTPScope
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from app.http.dispatch import WHOLE_RESPONSE
 from app.http.problems import (
     HEADERS_TOO_LARGE,
     MALFORMED_REQUEST,
@@ -34,7 +38,8 @@ from app.http.problems import (
 from app.http.request import MAX_BODY_BYTES
 from app.observability.metrics import Metrics
 from app.server import head
-from app.server.flow import HoldableFlow, unread_bytes, unsent_bytes
+from app.server.exchange import Exchange
+from app.server.flow import unread_bytes, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import LoadShedResponse, refusal
 
@@ -62,17 +67,11 @@ class _StopParsing(Exception):
     """
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """One connection. All connections share `app_state["gate"]`, which the lifespan provides.
+class LimitedProtocol(asyncio.Protocol):
+    """One connection. All of them share `app_state["gate"]`, which the lifespan provides."""
 
-    The checks that every request needs are in the parser's callbacks and written for speed.
-    Rare conditions are derived from the parent's state when they are needed. A message is being
-    received while `cycle` is still that of an earlier message, or lacks part of the body.
-    """
-
-    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None until there is one
-    scope: HTTPScope | None  # type: ignore[assignment]  # the same
-    flow: HoldableFlow
+    transport: asyncio.Transport
+    flow: FlowControl
 
     def __init__(
         self,
@@ -81,37 +80,73 @@ class LimitedProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        if not config.loaded:
+            config.load()
+        self.app = config.loaded_app
+        self.loop = _loop or asyncio.get_event_loop()
+        self.server_state = server_state
+        self._scope = cast(
+            "HTTPScope",
+            {
+                "type": "http",
+                "asgi": {"version": config.asgi_version, "spec_version": "2.3"},
+                "root_path": config.root_path,
+                "state": app_state,
+                "extensions": {WHOLE_RESPONSE: {}},
+            },
+        )
+        self._access_log = logging.getLogger("uvicorn.access").hasHandlers()
         self._gate: Gate = app_state["gate"]
         self._metrics: Metrics = self._gate.metrics
         self.deadline = math.inf
         self._within_limit = True
         self._max_in_flight = 0
         self._ends = False
-        self._running: RequestResponseCycle | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._in_flight = False
-        self._queued: RequestResponseCycle | None = None
-        self._reason: Refused | None = None
-        self._refused: Refused | None = None
         self._answered = self._client_ended = False
         self._unsent_bytes = 0
         self._valid_host = b""
+        self._reason: Refused | None = None
+        self._refused: Refused | None = None
+
+        self._serving: Exchange | None = None
+        """The request that is being served or received, or the last one."""
+        self._task: asyncio.Task[None] | None = None
+        self._in_flight = False
+        self._queued: Exchange | None = None
+        self._pipeline: deque[Exchange] = deque()
+        """Requests that wait for the one being served, the newest first."""
+
+        self._parser = self._new_parser()
+        self._piece = b""
+        self._message: Exchange
+        """The newest."""
+        self._receiving = False
+        """Whether it is incomplete."""
         self._chunked_bytes: int | None = None
+        self._expects_continue = False
         self._skipping = False
         self._upgrade_offered = False
-        self._piece = b""
         # About a message that does not arrive in one read.
-        self._timed: HTTPScope | None = None
+        self._timed: Exchange | None = None
         self._earlier = b""
         self._later_bytes = 0
+
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # What follows a message that ends the connection is ignored.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
 
     # Events from the transport.
 
     @override
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = HoldableFlow(transport)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport = cast("asyncio.Transport", transport)
+        self.flow = FlowControl(transport)
+        self._scope["server"] = get_local_addr(transport)
+        self._scope["client"] = get_remote_addr(transport)
+        self._scope["scheme"] = "https" if is_ssl(transport) else "http"
+        self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn's own
         self._within_limit = self._gate.enter(self)
         # A connection over the limit has no capacity.
         self._max_in_flight = self._gate.max_requests_in_flight if self._within_limit else 0
@@ -120,15 +155,20 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        self.server_state.connections.discard(self)
         self._gate.leave(self)
-        if self._running is not None:
-            self._running.disconnected = True
+        if self._serving is not None and not self._serving.response_complete:
+            self._serving.disconnect()
+        self.flow.resume_writing()
+        if exc is None:
+            self.transport.close()
+        self._parser = None  # type: ignore[assignment]  # not used again
         if self._queued is not None:
             self._queued, self._in_flight = None, False
         elif self._in_flight and self._task is not None:
             # The client has gone, but the request stays in flight until its task is done.
             self._task.add_done_callback(self._release)
+            self._keep_task()
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -144,10 +184,9 @@ class LimitedProtocol(HttpToolsProtocol):
         """Parse `data`. Return the bytes to parse next, if any."""
         self._piece = data
         try:
-            self.parser.feed_data(data)
-            cycle = self.cycle
-            if cycle is None or cycle.more_body or cycle.scope is not self.scope:
-                self._on_incomplete(data)
+            self._parser.feed_data(data)
+            if self._receiving:
+                self._on_incomplete(self._message, data)
         except httptools.HttpParserUpgrade as upgrade:
             return self._without_upgrade(data[upgrade.args[0] :])
         except (httptools.HttpParserError, _StopParsing):
@@ -163,34 +202,31 @@ class LimitedProtocol(HttpToolsProtocol):
         """
         if not self._upgrade_offered:
             # CONNECT. Nothing after it can be parsed, and the response ends the connection.
-            self.flow.hold()
+            self.flow.pause_reading()
             return b""
         self._upgrade_offered = False
-        method, version = self.parser.get_method(), self.parser.get_http_version()
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return head.without_upgrade(method, self.url, version, self.headers) + rest
+        message, method = self._message, self._parser.get_method()
+        version = self._parser.get_http_version()
+        self._parser = self._new_parser()
+        return head.without_upgrade(method, message.target, version, message.headers) + rest
 
-    def _on_incomplete(self, data: bytes) -> None:
-        """Check the message that is still incomplete, if there is one. `data` is what arrived
-        last."""
-        if self.scope is None:
-            return
-        if self.scope is not self._timed:
-            self._timed = self.scope
+    def _on_incomplete(self, message: Exchange, data: bytes) -> None:
+        """Check a message that is still incomplete. `data` is what arrived last."""
+        if message is not self._timed:
+            self._timed = message
             self._earlier = b""
             self._later_bytes = 0
             self._set_deadline(self._gate.request_timeout_secs)
         else:
             self._later_bytes += len(data)
-        if not (self._skipping or self._is_in_body()):
+        if not self._skipping and message.scope is None:
             self._earlier += data
-            self._check_head_size()
+            self._check_head_size(message)
         elif self._later_bytes > MAX_MESSAGE_BYTES:
             self._stop(Refused(PAYLOAD_TOO_LARGE))
 
     @override
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
+    def eof_received(self) -> bool | None:
         """Return whether the connection stays open. A client that has finished sending can
         still wait for responses."""
         self._client_ended = True
@@ -198,99 +234,118 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def pause_writing(self) -> None:
-        super().pause_writing()
+        self.flow.pause_writing()
         # A client that does not read its responses must not keep them in memory.
         self._await_flushing()
 
     @override
     def resume_writing(self) -> None:
-        super().resume_writing()
-        waits = self._in_flight or self._is_receiving() or self._refused is not None
+        self.flow.resume_writing()
+        waits = self._in_flight or self._receiving or self._refused is not None
         gate = self._gate
         self._set_deadline(gate.request_timeout_secs if waits else gate.keep_alive_secs)
 
     # Events from the parser.
 
-    @override
+    def on_message_begin(self) -> None:
+        """The first byte of a message."""
+        self._message = Exchange(
+            self.transport, self.flow, self.server_state, self._on_response
+        )
+        self._receiving = True
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the target."""
+        self._message.target += url
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers = self.headers
+        """A header field, or one of the trailers, which we do not use."""
+        headers = self._message.headers
         headers.append((name.lower(), value))
         if len(headers) > head.MAX_FIELDS:
             self._stop(Refused(HEADERS_TOO_LARGE))
 
-    @override
     def on_headers_complete(self) -> None:
-        fields = dict(self.headers)
+        """The end of the head."""
+        message, parser = self._message, self._parser
+        headers = message.headers
+        fields = dict(headers)
+        method, version = parser.get_method(), "1.1"
         self._chunked_bytes = None
         if (
-            len(fields) != len(self.headers)
+            len(fields) != len(headers)
             or fields.get(b"host") != self._valid_host
             or not _RARE.isdisjoint(fields)
-            or not self.parser.should_keep_alive()
+            or not parser.should_keep_alive()
         ):
-            if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            if parser.should_upgrade() and method != b"CONNECT":
                 # The head is parsed again, without the offer.
                 self._upgrade_offered = True
                 return
-            self._check_fields(fields)
-        is_late = self._timed is self.scope
-        if is_late or b"#" in self.url or b"RTSP/" in self._piece:
-            self._check_target()
+            version = parser.get_http_version()
+            self._check_fields(message, fields, version)
+        is_late = self._timed is message
+        if is_late or b"#" in message.target or b"RTSP/" in self._piece:
+            self._check_target(message)
         length = fields.get(b"content-length")
         # The parser has ensured that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
             self._stop(Refused(PAYLOAD_TOO_LARGE))
         if is_late:
-            self._check_head_size()
+            self._check_head_size(message)
         if self._in_flight:
             self._check_pipeline()
         elif self._metrics.requests_in_flight >= self._max_in_flight and not (
-            self._has_capacity(self.parser.get_method(), self.url) or self._can_wait()
+            self._has_capacity(method, message.target) or self._can_wait()
         ):
             # With these it would be uncertain where the next message begins.
-            ends = self.expect_100_continue or b"transfer-encoding" in fields
-            ends = ends or not self.parser.should_keep_alive()
-            if not self._shed(self.parser.get_method(), self.headers, ends=ends):
+            ends = message.waiting_for_100_continue or b"transfer-encoding" in fields
+            ends = ends or not parser.should_keep_alive()
+            if not self._shed(method, headers, ends=ends):
                 self._stop(Refused(OVERLOADED))
             self._skipping = True
             self._set_deadline(self._gate.request_timeout_secs)
             return
-        super().on_headers_complete()
-        # Trailers must not be merged into the headers (RFC 9110, section 6.5.1).
-        self.headers = []
+        message.complete_head(self._scope, method, version)
+        if self._serving is None or self._serving.response_complete:
+            self._expect_body(message)
+        else:
+            self._pipeline.appendleft(message)
 
     def _check_pipeline(self) -> None:
         """Let a few messages wait for the one being served, and pause reading."""
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if len(self._pipeline) >= MAX_PIPELINED:
             self._stop(Refused(OVERLOADED))
-        self.flow.hold()
+        self.flow.pause_reading()
 
-    def _check_target(self) -> None:
+    def _check_target(self, message: Exchange) -> None:
         received = self._piece
-        if self._timed is self.scope:
+        if self._timed is message:
             received = self._earlier + received
-        refused = head.validate_target(self.url, received)
+        refused = head.validate_target(message.target, received)
         if refused is not None:
             self._stop(refused)
 
-    def _check_fields(self, fields: dict[bytes, bytes]) -> None:
-        refused = head.validate(self.headers, self.parser.get_http_version())
+    def _check_fields(
+        self, message: Exchange, fields: dict[bytes, bytes], version: str
+    ) -> None:
+        refused = head.validate(message.headers, version)
         if refused is not None:
             self._stop(refused)
         self._valid_host = fields.get(b"host", b"")
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
-        version = self.parser.get_http_version()
         # HTTP/1.0 has no 100 Continue (RFC 9110, section 10.1.1).
         expects = fields.get(b"expect", b"").lower() == b"100-continue"
-        self.expect_100_continue = expects and version != "1.0"
-        is_last = self.parser.should_upgrade() or version == "1.0"
+        message.waiting_for_100_continue = expects and version != "1.0"
+        message.keep_alive = version != "1.0" and self._parser.should_keep_alive()
+        is_last = self._parser.should_upgrade() or version == "1.0"
         self._ends = self._ends or is_last
 
-    def _check_head_size(self) -> None:
+    def _check_head_size(self, message: Exchange) -> None:
         # One read can hold more than this head, so only complete fields count, and of an
         # incomplete one the bytes after the first read.
-        known = head.size_bytes(self.url, self.headers)
+        known = head.size_bytes(message.target, message.headers)
         if max(known, self._later_bytes) > head.MAX_BYTES:
             self._stop(Refused(HEADERS_TOO_LARGE))
 
@@ -299,103 +354,110 @@ class LimitedProtocol(HttpToolsProtocol):
         self._reason = reason
         raise _StopParsing
 
-    @override
     def on_body(self, body: bytes) -> None:
+        """A part of the body."""
         if self._chunked_bytes is not None:
             self._chunked_bytes += len(body)
             if self._chunked_bytes > MAX_BODY_BYTES:
                 self._stop(Refused(PAYLOAD_TOO_LARGE))
-        if self.cycle is not None and not self._skipping:
-            self.cycle.body += body
+        if not self._skipping:
+            self._message.body += body
 
-    @override
     def on_message_complete(self) -> None:
-        cycle = self.cycle
+        """The end of a message."""
+        message = self._message
         if self._upgrade_offered:
             return
+        self._receiving = False
         if self._skipping:
             self._skipping = False
-            self.scope = None
             self._set_deadline(self._gate.keep_alive_secs)
             if self._gate.draining:
                 self.transport.close()
-        elif cycle is not None:
-            cycle.more_body = False
-            cycle.message_event.set()
-            if cycle is not self._running:
-                # It waits for earlier messages.
-                return
-            # Most requests are served at once.
-            if self._metrics.requests_in_flight < self._max_in_flight:
-                self._serve(cycle)
-            elif not self._accept(cycle):
-                self._stop(Refused(OVERLOADED))
+            return
+        message.more_body = False
+        if message is not self._serving:
+            # It waits for earlier messages.
+            return
+        # Most requests are served at once.
+        if self._metrics.requests_in_flight < self._max_in_flight:
+            self._serve(message)
+        elif not self._accept(message):
+            self._stop(Refused(OVERLOADED))
 
     # Serving and shedding.
 
-    @override
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Wait for the body first, so a client that sends slowly uses a connection, but does
-        not count among the requests in flight."""
-        self._running = cycle
-        if cycle.waiting_for_100_continue:
-            cycle.waiting_for_100_continue = False
+    def _expect_body(self, message: Exchange) -> None:
+        """Serve a message next, once it is whole: a client that sends slowly uses a connection,
+        but does not count among the requests in flight."""
+        self._serving = message
+        if message.waiting_for_100_continue:
+            message.waiting_for_100_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _accept(self, cycle: RequestResponseCycle) -> bool:
+    def _accept(self, message: Exchange) -> bool:
         """Serve a complete message, let it wait for its turn, or shed it. Return False if the
         connection must be closed instead."""
         full = self._metrics.requests_in_flight >= self._max_in_flight
-        if not full or self._has_capacity_for(cycle):
-            self._serve(cycle)
+        if not full or self._has_capacity_for(message):
+            self._serve(message)
         elif self._can_wait():
-            self._queued, self._in_flight = cycle, True
+            self._queued, self._in_flight = message, True
             self._gate.queue.join(self)
         else:
-            return self._shed_whole(cycle)
+            return self._shed_whole(message)
         return True
 
     def start(self) -> None:
         """Serve the request that has waited for its turn."""
-        cycle, self._queued = self._queued, None
-        if cycle is not None:
-            self._serve(cycle)
+        message, self._queued = self._queued, None
+        if message is not None:
+            self._serve(message)
 
     def shed(self) -> None:
         """Shed the request that has waited too long."""
-        cycle, self._queued, self._in_flight = self._queued, None, False
-        if cycle is None or self._shed_whole(cycle):
+        message, self._queued, self._in_flight = self._queued, None, False
+        if message is None or self._shed_whole(message):
             self._serve_next()
         else:
             self._end_overloaded()
 
     def _end_overloaded(self) -> None:
         """Close the connection: its next message can be neither served nor shed."""
-        self.pipeline.clear()
+        self._pipeline.clear()
         if self._refused is None:
             self._refuse(Refused(OVERLOADED))
         else:
             self._write_refusal(self._refused)
 
-    def _serve(self, cycle: RequestResponseCycle) -> None:
-        if self._gate.draining or self._ends:
-            cycle.keep_alive = False
+    def _serve(self, message: Exchange) -> None:
+        if self._access_log:
+            message.access_log = True
         self._metrics.requests_in_flight += 1
         self._in_flight = True
-        self._task = task = self.loop.create_task(cycle.run_asgi(self.app))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        self._task = self.loop.create_task(message.run_asgi(self.app))
+        if self._gate.draining or self._ends:
+            message.keep_alive = False
+        if self._gate.draining:
+            self._keep_task()
+
+    def _keep_task(self) -> None:
+        """Let uvicorn wait for the task before it stops, or cancel it if that is too long."""
+        task, tasks = self._task, self.server_state.tasks
+        if task is not None and not task.done():
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     def _serve_next(self) -> None:
         """Continue with the messages that waited for the one that has been answered."""
-        while self.pipeline:
-            cycle, app = self.pipeline.pop()
-            if cycle.more_body:
+        while self._pipeline:
+            message = self._pipeline.pop()
+            if message.more_body:
                 self._set_deadline(self._gate.request_timeout_secs)
-                self._start_asgi_task(cycle, app)
+                self._expect_body(message)
                 break
-            self._running = cycle
-            if not self._accept(cycle):
+            self._serving = message
+            if not self._accept(message):
                 self._end_overloaded()
                 return
             if self._in_flight:
@@ -405,8 +467,8 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._client_ended:
             self.transport.close()
         else:
-            self.flow.release()
-            if not self._is_receiving():
+            self.flow.resume_reading()
+            if not self._receiving:
                 self._set_deadline(self._gate.keep_alive_secs)
 
     def _has_capacity(self, method: bytes, target: bytes) -> bool:
@@ -418,14 +480,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def _can_wait(self) -> bool:
         return self._within_limit and self._gate.queue.has_room()
 
-    def _has_capacity_for(self, cycle: RequestResponseCycle) -> bool:
-        return self._has_capacity(cycle.scope["method"].encode(), cycle.scope["raw_path"])
+    def _has_capacity_for(self, message: Exchange) -> bool:
+        return self._has_capacity(message.method, message.target)
 
-    def _shed_whole(self, cycle: RequestResponseCycle) -> bool:
+    def _shed_whole(self, message: Exchange) -> bool:
         """Shed a complete message. Return False if the connection must be closed instead."""
-        cycle.response_started = cycle.response_complete = True
-        method = cycle.scope["method"].encode()
-        return self._shed(method, cycle.scope["headers"], ends=not cycle.keep_alive)
+        message.response_started = message.response_complete = True
+        return self._shed(message.method, message.fields, ends=not message.keep_alive)
 
     def _shed(self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool) -> bool:
         """Respond at once that the service is overloaded. Return False if the connection must
@@ -452,8 +513,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if self._gate.queue.waiting:
                 self._gate.start_next()
 
-    @override
-    def on_response_complete(self) -> None:
+    def _on_response(self) -> None:
         self.server_state.total_requests += 1
         self._answered = True
         # Not when the task is done: the event loop reports that one turn later, and requests
@@ -461,25 +521,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._release()
         if self.transport.is_closing():
             self._await_flushing()
-        elif self.pipeline or self._refused is not None or self._client_ended:
+        elif self._pipeline or self._refused is not None or self._client_ended:
             self._serve_next()
         else:
-            if self.flow.read_paused:
-                self.flow.release()
-            cycle = self.cycle
-            if cycle is None or (cycle.scope is self.scope and not cycle.more_body):
-                self.deadline = self.loop.time() + self._gate.keep_alive_secs
+            self.flow.resume_reading()
+            if not self._receiving:
+                self._set_deadline(self._gate.keep_alive_secs)
 
     # State.
-
-    def _is_in_body(self) -> bool:
-        """Return whether the head of the newest message is complete."""
-        return self.cycle is not None and self.cycle.scope is self.scope
-
-    def _is_receiving(self) -> bool:
-        if self.cycle is None or self.cycle.scope is not self.scope:
-            return self.scope is not None
-        return self.cycle.more_body
 
     @property
     def is_waiting(self) -> bool:
@@ -488,7 +537,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def is_idle(self) -> bool:
         """Return whether it has answered a request and waits for the next."""
-        busy = self._in_flight or self._is_receiving() or self._refused is not None
+        busy = self._in_flight or self._receiving or self._refused is not None
         return self._answered and not busy
 
     # Deadlines and closing.
@@ -508,10 +557,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._await_flushing()
             else:
                 self.transport.abort()
-        elif self._in_flight and (self.flow.read_paused or not self._is_receiving()):
+        elif self._in_flight and (self.flow.read_paused or not self._receiving):
             # The service, not the client, is taking the time.
             self._set_deadline(self._gate.request_timeout_secs)
-        elif self._refused is None and self._is_receiving():
+        elif self._refused is None and self._receiving:
             self._refuse(Refused(REQUEST_TIMEOUT))
         else:
             self._await_flushing()
@@ -521,14 +570,16 @@ class LimitedProtocol(HttpToolsProtocol):
         """Close at once, to make room."""
         self.transport.abort()
 
-    @override
     def shutdown(self) -> None:
+        """Called by uvicorn when the service stops. Close once the response has been sent."""
         self._gate.draining = True
         if self._in_flight:
-            super().shutdown()
-        elif not self._is_receiving():
+            if self._serving is not None:
+                self._serving.keep_alive = False
+            self._keep_task()
+        elif not self._receiving:
             if self._answered and not unread_bytes(self.transport):
-                super().shutdown()
+                self.transport.close()
             else:
                 # A client that has just connected, or just asked, still gets its response.
                 self._set_deadline(LINGER_SECS)
@@ -537,19 +588,18 @@ class LimitedProtocol(HttpToolsProtocol):
         """Respond with a problem, after the response in progress, and read nothing more."""
         self._metrics.refused[refused.kind.code] += 1
         self._refused = refused
-        self.flow.hold()
+        self.flow.pause_reading()
         # They may hold a whole read of an oversized message.
         self._piece = self._earlier = b""
-        self.parser, self.url = None, b""  # type: ignore[assignment]  # as uvicorn ends it
-        message = self.cycle
+        self._parser = None  # type: ignore[assignment]  # it is not used again
         if self._skipping:
             self._half_close()
             return
-        if message is not None and message.more_body:
+        if self._receiving and self._message.scope is not None:
             # The body of this message is refused.
-            message.body = bytearray()
-            if message in (waiting for waiting, _ in self.pipeline):
-                self.pipeline.popleft()
+            self._message.body = bytearray()
+            if self._message in self._pipeline:
+                self._pipeline.popleft()
         if not self._in_flight:
             self._write_refusal(refused)
 
@@ -557,8 +607,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._answered = True
+        message = self._message if self._receiving else self._serving
         headers = self.server_state.default_headers
-        self.transport.write(refusal(refused, self.scope, headers))
+        self.transport.write(refusal(refused, message, headers))
         self._half_close()
 
     def _half_close(self) -> None:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from uvicorn._types import HTTPScope
-
-from app.http.direct_send import CLOSE, encode_response
 from app.http.dispatch import common_headers
 from app.http.problems import OVERLOADED, Refused, refused_response
 from app.http.request_id import REQUEST_ID, choose_request_id
 from app.http.response import Headers
+from app.server.exchange import CLOSE, Exchange, encode_response
 
 _ID_DIGIT = "~"
 """Placeholder for a character of the request id, which cannot contain it."""
 
 
-def refusal(refused: Refused, scope: HTTPScope | None, server_headers: Headers) -> bytes:
-    """The response that closes a connection. `scope` is that of the request, if its head began
-    to arrive."""
-    headers = [] if scope is None else scope["headers"]
-    sent = [value for name, value in headers if name == REQUEST_ID]
+def refusal(refused: Refused, message: Exchange | None, server_headers: Headers) -> bytes:
+    """The response that closes a connection. `message` is the request, if one has begun."""
+    fields = [] if message is None else message.fields
+    sent = [value for name, value in fields if name == REQUEST_ID]
     request_id = choose_request_id(sent)
     response = refused_response(refused, request_id)
-    if scope is not None and scope.get("method") == "HEAD":
+    if message is not None and message.method == b"HEAD":
         response = response._replace(body=b"")
     return encode_response(response, server_headers, [*common_headers(request_id), CLOSE])
 

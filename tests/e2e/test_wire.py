@@ -1,5 +1,5 @@
-"""The bytes on the wire, from real servers. Responses bypass uvicorn's `send`; these tests fail
-when uvicorn changes beneath them."""
+"""The bytes on the wire, from real servers. A response sent in one write must be what uvicorn
+makes of ASGI messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The internals of uvicorn that `app.server.protocol` and `app.http.direct_send` rely on.
+"""The internals of uvicorn that `app.server` relies on, and the connection that it replaces.
 
 A failure means that uvicorn has changed one of them: read the change, check that our code still
 does what it should, and put the new digest here.
