@@ -31,6 +31,7 @@ MINIMAL = (b"preference-applied", b"return=minimal")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+@lru_cache(maxsize=8192)
 def instant(microseconds: int) -> bytes:
     """Format microseconds since 1970 as RFC 3339, section 5.6, in UTC with six decimals."""
     secs, rest = divmod(microseconds, MICROSECONDS)
@@ -114,6 +115,10 @@ def _policy(grant: Grant) -> tuple[bytes, bytes]:
 
 def encode_session(session: Session) -> bytes:
     """Encode a session as JSON. The fields that change during its life come last."""
+    return _encode_session(session, _terms(session))
+
+
+def _encode_session(session: Session, encoded: _EncodedTerms) -> bytes:
     remaining = session.calls_remaining
     terms, usage = session.terms, session.usage
     if terms.closed_at is None and session.as_of < terms.expires_at and terms.paused_at is None:
@@ -124,7 +129,7 @@ def encode_session(session: Session) -> bytes:
         b'%b,"calls_made":%d,"calls_remaining":%d,"rate_window_start":"%b",'
         b'"rate_window_calls":%d,"status":%b'
     ) % (
-        _terms(session).body,
+        encoded.body,
         usage.calls_made,
         remaining,
         instant(usage.rate_window_start),
@@ -143,6 +148,10 @@ def rate_headers(session: Session) -> Headers:
     The budget never refills, so it has neither a window nor a reset. An elapsed window counts
     as empty and has no reset either.
     """
+    return _rate_headers(session, _terms(session))
+
+
+def _rate_headers(session: Session, encoded: _EncodedTerms) -> Headers:
     limit = session.grant.rate_limit_per_minute
     remaining = session.calls_remaining
     if limit is None:
@@ -155,18 +164,20 @@ def rate_headers(session: Session) -> Headers:
         )
     else:
         state = b'"budget";r=%d, "window";r=%d' % (remaining, limit)
-    return [_terms(session).policy, (b"ratelimit", state)]
+    return [encoded.policy, (b"ratelimit", state)]
 
 
 def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
     """Return the response to admitted calls: the session, or no body if `minimal` (RFC 7240,
     section 4.2)."""
-    headers = rate_headers(admitted.session)
+    session = admitted.session
+    encoded = _terms(session)
+    headers = _rate_headers(session, encoded)
     if admitted.replayed:
         headers.append(REPLAYED)
     if minimal:
         return RawResponse(204, [*headers, MINIMAL])
-    return json_response(200, encode_session(admitted.session), headers)
+    return json_response(200, _encode_session(session, encoded), headers)
 
 
 def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:

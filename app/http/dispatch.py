@@ -34,8 +34,8 @@ from app.http.route import Handler, StrictRoute
 
 NO_STORE = (b"cache-control", b"no-store")
 WHOLE_RESPONSE = "arbiter.http.response"
-"""The ASGI extension, and the type of its one message: a whole `response`, and more `headers`.
-A server that names it in the scope sends a response with one write."""
+"""An ASGI extension. Its `respond` takes a whole `RawResponse` and more headers, and sends them
+with one write. It returns `False` if the response has to be sent as ASGI messages."""
 UNMATCHED = "unmatched"
 """The route label of requests that no route took."""
 
@@ -43,7 +43,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _OPEN = "*"
 """Stands for the part of a path that a route leaves open."""
 _PARTS_OF_A_TREE = 3
-"""The method, nothing, and the first part of the path."""
+"""Nothing, the first part of the path, and at least one more."""
 
 ObserveRequest = Callable[[str, str, int, float], None]
 """Called with method, path template, status and duration in seconds."""
@@ -70,7 +70,7 @@ class Dispatcher:
         self._services = framework.state.services
         self._handlers: dict[tuple[str, ...], Handler] = {}
         self._open_at: dict[int, list[int]] = {}
-        """Where paths with this many parts, the method among them, may be open."""
+        """Where paths with this many parts may be open."""
         self._trees: dict[str, Handler] = {}
         for route in routes:
             if isinstance(route, StrictRoute):
@@ -82,28 +82,31 @@ class Dispatcher:
             _, first, _ = parts
             self._trees[first] = handler
             return
+        if "{" not in handler.path:
+            for method in handler.methods or ():
+                self._handlers[(method, handler.path)] = handler
+            return
         shape = [_OPEN if part.startswith("{") else part for part in parts]
-        if _OPEN in shape:
-            places = self._open_at.setdefault(len(parts) + 1, [])
-            if (place := shape.index(_OPEN) + 1) not in places:
-                places.append(place)
+        places = self._open_at.setdefault(len(parts), [])
+        if (place := shape.index(_OPEN)) not in places:
+            places.append(place)
         for method in handler.methods or ():
             self._handlers[(method, *shape)] = handler
 
     def _find(self, method: str, path: str) -> tuple[Handler | None, str]:
         """The handler of a request, and the part of the path that its route leaves open."""
-        parts = [method, *path.split("/")]
-        found = self._handlers.get(tuple(parts))
+        found = self._handlers.get((method, path))
         if found is not None:
             return found, ""
-        if len(parts) > _PARTS_OF_A_TREE and (tree := self._trees.get(parts[2])):
-            return tree, "/".join(parts[3:])
+        parts = path.split("/")
         for at in self._open_at.get(len(parts), ()):
             value, parts[at] = parts[at], _OPEN
-            found = self._handlers.get(tuple(parts))
+            found = self._handlers.get((method, *parts))
             if found is not None and value:
                 return found, value
             parts[at] = value
+        if len(parts) >= _PARTS_OF_A_TREE and (tree := self._trees.get(parts[1])):
+            return tree, "/".join(parts[2:])
         return None, ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,8 +190,8 @@ async def _send(
     if is_head:
         response = response._replace(body=b"")
     extra = common_headers(request_id)
-    if WHOLE_RESPONSE in scope.get("extensions", ()):
-        await send({"type": WHOLE_RESPONSE, "response": response, "headers": extra})
+    extension = scope.get("extensions", {}).get(WHOLE_RESPONSE)
+    if extension is not None and extension["respond"](response, extra):
         return
     headers = [*response.headers, *extra]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})

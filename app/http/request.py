@@ -8,14 +8,15 @@ Handlers get a `StrictRequest`, which reads each part once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl
 
 import jiter
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from app.http.auth import NOBODY
 from app.http.problems import (
@@ -42,23 +43,24 @@ _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 class StrictRequest(Request):
     """A request as handlers see it. FastAPI recognises the type and passes it on."""
 
+    body: Any = None
+    """The parsed body, and then the model of the route."""
+    caller = NOBODY
+    """Who sent the request, once the key has been checked."""
+    echoed_id = ""
+    """What the response repeats as its `X-Request-Id`, if it is not the id itself."""
+    path_value = ""
+    """The part of the path that the route leaves open."""
+    query: Mapping[str, Any] = MappingProxyType({})
+    records = True
+    """Whether the request may record something, unless its method or query says not."""
+
     def __init__(self, scope: Scope, request_id: str, services: Any) -> None:
         # Not the parent's, which copies what nothing here uses.
         self.scope = scope
-        self.caller = NOBODY
-        """Who sent the request, once the key has been checked."""
         self.request_id = request_id
-        self.echoed_id = ""
-        """What the response repeats as its `X-Request-Id`, if it is not the id itself."""
-        self.records = True
-        """Whether the request may record something, unless its method or query says not."""
         self.services = services
         """What the application offers to its routes."""
-        self.path_value = ""
-        """The part of the path that the route leaves open."""
-        self.query: dict[str, Any] = {}
-        self.body: Any = None
-        """The parsed body, and then the model of the route."""
         self._fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self._last = dict(self._fields)
         self._is_repeated = len(self._last) != len(self._fields)
@@ -114,25 +116,30 @@ class StrictRequest(Request):
             check_content_type(self.header_texts(b"content-type"), patches=patches)
         if b"content-encoding" in self._last:
             check_content_encoding(self.header_texts(b"content-encoding"))
-        body = await self._read(receive)
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body", False) or message["type"] != "http.request":
+            body = await self._read_rest(message, receive)
+        if len(body) > MAX_BODY_BYTES:
+            raise Refused(PAYLOAD_TOO_LARGE)
         if not body and b"upgrade" in self._last:
             # Other servers than ours lose it.
             raise malformed("The server lost the body. Send no Upgrade (curl: --http1.1).")
         return parse_json(body)
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read_rest(self, message: Message, receive: Receive) -> bytes:
+        """Read the body from its first message on. Our own server sends it in one."""
         length = self._last.get(b"content-length", b"")
         if len(length) > _PLAIN_DIGITS and length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise Refused(PAYLOAD_TOO_LARGE)
         body, more = b"", True
-        while more:
-            message = await receive()
+        while more and len(body) <= MAX_BODY_BYTES:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise Refused(PAYLOAD_TOO_LARGE)
             more = message.get("more_body", False)
+            if more:
+                message = await receive()
         return body
 
 

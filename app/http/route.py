@@ -50,6 +50,8 @@ from app.http.response import RawResponse
 MAX_FIELD_ERRORS = 20
 """Maximum number of field errors in one response."""
 
+_PERCENT = ord("%")
+
 _CHALLENGE = b"Bearer"
 """RFC 6750, section 3."""
 
@@ -136,7 +138,7 @@ class Handler:
 
     def read_url(self, request: StrictRequest) -> None:
         """Check the spelling of the path, and read the query. Raises `Refused`."""
-        if b"%" in request.scope.get("raw_path", b""):
+        if _PERCENT in request.scope.get("raw_path", b""):
             raise Refused(NOT_FOUND)
         if request.scope["query_string"]:
             request.query = request.read_query(self._names)
@@ -177,11 +179,8 @@ class Handler:
         """Replace the query parameters and the body by what they mean. Raises `Refused` with
         all that is wrong about them."""
         errors: list[dict[str, str]] = []
-        for name, text in request.query.items():
-            try:
-                request.query[name] = self._query[name].validate_python(text)
-            except ValidationError as error:
-                errors += field_errors("query", (name,), error)
+        if request.query:
+            request.query, errors = self._validate_query(request.query)
         if self._to_model is not None and request.body is not self._default_body:
             try:
                 request.body = self._to_model(request.body)
@@ -192,6 +191,17 @@ class Handler:
             for _, read in self._read:
                 read(request)
             raise invalid_fields(errors[:MAX_FIELD_ERRORS], self.invalid)
+
+    def _validate_query(
+        self, texts: Mapping[str, str]
+    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        valid, errors = {}, []
+        for name, text in texts.items():
+            try:
+                valid[name] = self._query[name].validate_python(text)
+            except ValidationError as error:
+                errors += field_errors("query", (name,), error)
+        return valid, errors
 
 
 def _client(scope: Mapping[str, Any]) -> str:

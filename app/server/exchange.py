@@ -1,9 +1,7 @@
 """One request and its response, as an ASGI application sees them.
 
-uvicorn's `RequestResponseCycle` speaks ASGI. `Exchange` makes it fast: it is served once the
-body is whole, so `receive` need not wait, and it takes a whole response in one message and one
-write. The scope names that message as an extension. Other applications send two messages, and
-uvicorn checks every header against two patterns.
+uvicorn's `RequestResponseCycle` speaks ASGI. An `Exchange` is served once its body is whole, so
+`receive` need not wait.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.http.dispatch import WHOLE_RESPONSE
 from app.http.response import Headers, RawResponse
 
 CLOSE = (b"connection", b"close")
@@ -128,30 +125,3 @@ class Exchange(RequestResponseCycle):
         """The client has gone."""
         self.disconnected = True
         self.message_event.set()
-
-    @override
-    async def send(self, message: Any) -> None:
-        if message["type"] != WHOLE_RESPONSE:
-            await super().send(message)
-            return
-        response: RawResponse = message["response"]
-        headers: Headers = message["headers"]
-        if self.access_log:
-            headers = [*response.headers, *headers]
-            start = {"type": "http.response.start", "status": response.status}
-            await super().send(start | {"headers": headers})  # type: ignore[arg-type]
-            await super().send({"type": "http.response.body", "body": response.body})
-            return
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
-        if self.disconnected:
-            return
-        if not self.keep_alive:
-            headers = [*headers, CLOSE]
-        self.response_started = self.response_complete = True
-        self.transport.write(encode_response(response, self.default_headers, headers))
-        if self._event is not None:
-            self._event.set()
-        if not self.keep_alive:
-            self.transport.close()
-        self.on_response()

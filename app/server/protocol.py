@@ -36,9 +36,10 @@ from app.http.problems import (
     Refused,
 )
 from app.http.request import MAX_BODY_BYTES
+from app.http.response import Headers, RawResponse
 from app.observability.metrics import Metrics
 from app.server import head
-from app.server.exchange import Exchange
+from app.server.exchange import CLOSE, Exchange, encode_response
 from app.server.flow import unread_bytes, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import LoadShedResponse, refusal
@@ -55,6 +56,7 @@ LINGER_SECS = 1.0
 # Without these fields, a message that can be kept alive is HTTP/1.1. Asking the parser for the
 # version would take longer.
 _RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
+_FRAGMENT = ord("#")
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 _load_shed_response = LoadShedResponse()
 
@@ -92,7 +94,7 @@ class LimitedProtocol(asyncio.Protocol):
                 "asgi": {"version": config.asgi_version, "spec_version": "2.3"},
                 "root_path": config.root_path,
                 "state": app_state,
-                "extensions": {WHOLE_RESPONSE: {}},
+                "extensions": {WHOLE_RESPONSE: {"respond": self._respond}},
             },
         )
         self._access_log = logging.getLogger("uvicorn.access").hasHandlers()
@@ -118,6 +120,8 @@ class LimitedProtocol(asyncio.Protocol):
 
         self._parser = self._new_parser()
         self._piece = b""
+        self._is_first = False
+        """Whether the next message to begin is at the start of the piece."""
         self._message: Exchange
         """The newest."""
         self._receiving = False
@@ -163,6 +167,7 @@ class LimitedProtocol(asyncio.Protocol):
         if exc is None:
             self.transport.close()
         self._parser = None  # type: ignore[assignment]  # not used again
+        self._scope["extensions"] = {}
         if self._queued is not None:
             self._queued, self._in_flight = None, False
         elif self._in_flight and self._task is not None:
@@ -178,21 +183,18 @@ class LimitedProtocol(asyncio.Protocol):
                 self.data_received(data[start : start + head.MAX_BYTES])
             return
         while data and self._refused is None:
-            data = self._parse(data)
-
-    def _parse(self, data: bytes) -> bytes:
-        """Parse `data`. Return the bytes to parse next, if any."""
-        self._piece = data
-        try:
-            self._parser.feed_data(data)
-            if self._receiving:
-                self._on_incomplete(self._message, data)
-        except httptools.HttpParserUpgrade as upgrade:
-            return self._without_upgrade(data[upgrade.args[0] :])
-        except (httptools.HttpParserError, _StopParsing):
-            if self._refused is None:
-                self._refuse(self._reason or Refused(MALFORMED_REQUEST))
-        return b""
+            self._piece, self._is_first = data, not self._receiving
+            try:
+                self._parser.feed_data(data)
+                if self._receiving:
+                    self._check_incomplete(self._message, data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade(data[upgrade.args[0] :])
+                continue
+            except (httptools.HttpParserError, _StopParsing):
+                if self._refused is None:
+                    self._refuse(self._reason or Refused(MALFORMED_REQUEST))
+            return
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """Return the head without its offer of an upgrade, followed by `rest`, to parse anew.
@@ -210,7 +212,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._parser = self._new_parser()
         return head.without_upgrade(method, message.target, version, message.headers) + rest
 
-    def _on_incomplete(self, message: Exchange, data: bytes) -> None:
+    def _check_incomplete(self, message: Exchange, data: bytes) -> None:
         """Check a message that is still incomplete. `data` is what arrived last."""
         if message is not self._timed:
             self._timed = message
@@ -285,8 +287,15 @@ class LimitedProtocol(asyncio.Protocol):
             version = parser.get_http_version()
             self._check_fields(message, fields, version)
         is_late = self._timed is message
-        if is_late or b"#" in message.target or b"RTSP/" in self._piece:
+        target_end = len(method) + 1 + len(message.target)
+        if (
+            is_late
+            or not self._is_first
+            or not self._piece.startswith(b" HTTP/", target_end)
+            or _FRAGMENT in message.target
+        ):
             self._check_target(message)
+        self._is_first = False
         length = fields.get(b"content-length")
         # The parser has ensured that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
@@ -307,10 +316,12 @@ class LimitedProtocol(asyncio.Protocol):
             self._set_deadline(self._gate.request_timeout_secs)
             return
         message.complete_head(self._scope, method, version)
-        if self._serving is None or self._serving.response_complete:
+        if self._serving is not None and not self._serving.response_complete:
+            self._pipeline.appendleft(message)
+        elif message.waiting_for_100_continue:
             self._expect_body(message)
         else:
-            self._pipeline.appendleft(message)
+            self._serving = message
 
     def _check_pipeline(self) -> None:
         """Let a few messages wait for the one being served, and pause reading."""
@@ -513,20 +524,46 @@ class LimitedProtocol(asyncio.Protocol):
             if self._gate.queue.waiting:
                 self._gate.start_next()
 
+    def _respond(self, response: RawResponse, headers: Headers) -> bool:
+        """Send the response to the request that is being served, with more headers. Return
+        False if nothing was sent, and the response has to be sent as ASGI messages.
+
+        With messages, uvicorn checks every header against two patterns, and writes twice.
+        """
+        message = self._serving
+        if message is None or message.disconnected:
+            return True
+        if self._access_log or self.flow.write_paused:
+            return False
+        if not message.keep_alive:
+            headers = [*headers, CLOSE]
+        message.response_started = message.response_complete = True
+        self.transport.write(
+            encode_response(response, self.server_state.default_headers, headers)
+        )
+        if not message.keep_alive:
+            self.transport.close()
+        self._on_response()
+        return True
+
     def _on_response(self) -> None:
         self.server_state.total_requests += 1
         self._answered = True
         # Not when the task is done: the event loop reports that one turn later, and requests
         # that it read in between would be shed.
-        self._release()
+        self._in_flight = False
+        self._metrics.requests_in_flight -= 1
+        if self._gate.queue.waiting:
+            self._gate.start_next()
         if self.transport.is_closing():
             self._await_flushing()
         elif self._pipeline or self._refused is not None or self._client_ended:
             self._serve_next()
         else:
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             if not self._receiving:
-                self._set_deadline(self._gate.keep_alive_secs)
+                self.deadline = self.loop.time() + self._gate.keep_alive_secs
 
     # State.
 

@@ -84,6 +84,7 @@ REFUSED = {
     "HTTP/0.9": b"%POST\r\n" + HOST + JSON + LENGTH + b"\r\n" + BODY,
     "HTTP/1.2": GOOD.replace(b"/1.1", b"/1.2", 1),
     "RTSP": GOOD.replace(b"HTTP/1.1", b"RTSP/1.0", 1),
+    "RTSP 1.1": GOOD.replace(b"HTTP/1.1", b"RTSP/1.1", 1),
     "RTSP behind two spaces": GOOD.replace(b" HTTP/1.1", b"  RTSP/1.0", 1),
     "a fragment in the target": GOOD.replace(b" HTTP", b"#part HTTP", 1),
     "an empty fragment in the target": GOOD.replace(b" HTTP", b"# HTTP", 1),
@@ -251,6 +252,34 @@ def test_rtsp_is_refused_byte_by_byte(service: Service, session_id: str) -> None
     received = service.exchange(*(bytes([byte]) for byte in request))
 
     assert received.startswith(b"HTTP/1.1 400 ")
+    assert calls_made(service, session_id) == 0
+
+
+def test_rtsp_is_refused_behind_a_request_of_the_same_shape(
+    service: Service, session_id: str
+) -> None:
+    good = post(HOST + JSON + LENGTH)
+
+    assert answers_to(service, session_id, good + good.replace(b"HTTP", b"RTSP", 1)) == [
+        200,
+        400,
+    ]
+
+    assert calls_made(service, session_id) == 1
+
+
+def test_rtsp_is_refused_behind_a_body_that_looks_like_http(
+    service: Service, session_id: str
+) -> None:
+    rtsp = REFUSED["RTSP 1.1"].replace(
+        b"%POST", b"POST /sessions/%b/calls" % session_id.encode()
+    )
+    rest = b"-" * rtsp.index(b" RTSP") + b" HTTP/1.1"
+    first = b"GET /livez HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n-" % (len(rest) + 1)
+
+    received = service.exchange(first, rest + rtsp)
+
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", received) == [b"200", b"400"]
     assert calls_made(service, session_id) == 0
 
 
