@@ -19,9 +19,7 @@ An empty batch is subject to rules 2 to 6 only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
 import msgspec
 
@@ -45,7 +43,7 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
     data_sensitivity: DataSensitivity | None = None
 
 
-class Violation(NamedTuple):
+class Violation(msgspec.Struct, frozen=True, gc=False):
     """One of rules 7 to 10 that failed, with its figures."""
 
     code: DenialCode
@@ -68,8 +66,7 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Whether this is the answer to an earlier request with the same idempotency key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Denied:
+class Denied(msgspec.Struct, frozen=True, gc=False):
     """The request was denied. Nothing has changed."""
 
     code: DenialCode
@@ -212,10 +209,9 @@ def _violations(session: Session, admission: Admission) -> tuple[Violation, ...]
     found = []
     if session.usage.calls_made + n > grant.call_budget:
         found.append(violation(DenialCode.BUDGET_EXCEEDED, session, admission))
-    allowed = {name: grant.authorized_tools.allows(name) for name in {*admission.tool_names}}
-    unauthorized = tuple(
-        index for index, name in enumerate(admission.tool_names) if not allowed[name]
-    )
+    names = admission.tool_names
+    allowed = {name: grant.authorized_tools.allows(name) for name in {*names}}
+    unauthorized = tuple([at for at, name in enumerate(names) if not allowed[name]])
     if unauthorized:
         found.append(
             violation(DenialCode.TOOL_NOT_AUTHORIZED, session, admission, unauthorized)

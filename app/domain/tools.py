@@ -46,7 +46,7 @@ class AllowList:
         return (
             name in self._exact
             or name.startswith(self._prefixes)
-            or any(_matches(pieces, name) for pieces in self._globs)
+            or (bool(self._globs) and any(_matches(pieces, name) for pieces in self._globs))
         )
 
     def allows_all(self, names: tuple[str, ...]) -> bool:

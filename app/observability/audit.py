@@ -46,7 +46,7 @@ RETRY_SECS = 1.0
 CLOSE_WITHIN_SECS = 5.0
 
 
-class Actor(NamedTuple):
+class Actor(msgspec.Struct, frozen=True, gc=False):
     """Who caused an event, and with which request."""
 
     caller: str

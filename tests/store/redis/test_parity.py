@@ -4,7 +4,6 @@ to the last field. Histories are biased to the edges of windows, deadlines and b
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ def without_id(answer: Any) -> Any:
     if isinstance(answer, Admitted):
         return structs.replace(answer, session=without_id(answer.session))
     if isinstance(answer, Denied):
-        return replace(answer, session=without_id(answer.session))
+        return structs.replace(answer, session=without_id(answer.session))
     return answer
 
 
