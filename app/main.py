@@ -39,6 +39,7 @@ from app.replica import Replica
 from app.server.drain import Drain
 from app.server.gate import Gate, Limits
 from app.server.sighup import handle_sighup
+from app.server.turn import Turn
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
@@ -110,7 +111,8 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
             )
             events.started()
             stack.callback(events.stopped)
-            gate = Gate(metrics, limits)
+            turn = None if store.waits else Turn(asyncio.get_running_loop())
+            gate = Gate(metrics, limits, turn=turn)
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.handle_sigterm())

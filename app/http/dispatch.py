@@ -10,6 +10,7 @@ without the body (RFC 9110, section 9.3.2).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -165,6 +166,9 @@ class Dispatcher:
                 message["body"] = b""
             await send(message)
 
+        if asyncio.current_task() is None:
+            # A server may start requests without a task, but FastAPI needs one.
+            await asyncio.sleep(0)
         try:
             await self.framework(scope, receive, send_with_headers)
         except ClientDisconnect:

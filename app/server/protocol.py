@@ -170,8 +170,18 @@ class LimitedProtocol(asyncio.Protocol):
         self._scope["extensions"] = {}
         if self._queued is not None:
             self._queued, self._in_flight = None, False
-        elif self._in_flight and self._task is not None:
-            # The client has gone, but the request stays in flight until its task is done.
+        elif self._in_flight:
+            if self._task is None:
+                # The request runs first, because its turn has been scheduled.
+                self.loop.call_soon(self._release_when_done)
+            else:
+                self._release_when_done()
+
+    def _release_when_done(self) -> None:
+        """The client has gone, but its request stays in flight until it is done."""
+        if self._task is None:
+            self._release()
+        else:
             self._task.add_done_callback(self._release)
             self._keep_task()
 
@@ -446,9 +456,17 @@ class LimitedProtocol(asyncio.Protocol):
             message.access_log = True
         self._metrics.requests_in_flight += 1
         self._in_flight = True
-        self._task = self.loop.create_task(message.run_asgi(self.app))
         if self._gate.draining or self._ends:
             message.keep_alive = False
+        if self._gate.turn is None:
+            self.on_task(self.loop.create_task(message.run_asgi(self.app)))
+        else:
+            self._task = None
+            self._gate.turn.join(self, message.run_asgi(self.app))
+
+    def on_task(self, task: asyncio.Task[None]) -> None:
+        """The request that is being served has a task."""
+        self._task = task
         if self._gate.draining:
             self._keep_task()
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from app.domain.admission import Admission, Admitted, Denied
 from app.domain.lifecycle import Changed, Transition
@@ -160,6 +160,10 @@ class InvalidCursor(ValueError):
 
 class SessionStore(ABC):
     """Where sessions live."""
+
+    waits: ClassVar[bool] = True
+    """Whether methods other than `open` and `aclose` wait for anything. One that does not is
+    a single step of the event loop, and needs no task."""
 
     @abstractmethod
     async def open(self) -> None:

@@ -80,6 +80,8 @@ class _Creation:
 class MemoryStore(SessionStore):
     """Sessions in a dict, indexed by agent and ordered by deadline."""
 
+    waits = False
+
     def __init__(self, limits: StoreLimits, clock: Clock | None = None) -> None:
         self._limits = limits
         self._clock = clock or anchored_clock()

@@ -35,6 +35,22 @@ def test_the_clock_never_runs_backwards() -> None:
     assert read == sorted(read)
 
 
+def test_no_method_waits() -> None:
+    store = MemoryStore(StoreLimits())
+    assert not store.waits
+
+    for method in (
+        store.ping(),
+        store.create(a_grant()),
+        store.record("unknown", a_call()),
+        store.get("unknown"),
+        store.change("unknown", close),
+        store.totals(),
+    ):
+        with pytest.raises(StopIteration):
+            method.send(None)
+
+
 async def work(store: MemoryStore, session_id: str, admission: Admission) -> int:
     """The number of function calls in one decision, including built-in functions."""
     calls = 0
