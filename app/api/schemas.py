@@ -56,6 +56,8 @@ AGENT_ID_EXAMPLE = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
 def canonical_uuid(value: str) -> str:
     """Return the UUID in lower case. Raises `ValueError` if `value` is not a UUID."""
+    if CANONICAL_UUID.fullmatch(value):
+        return value
     canonical = value.lower()
     if not CANONICAL_UUID.fullmatch(canonical):
         raise ValueError("must be a UUID such as 7c9e6679-7425-40de-944b-e07fc1f90ae7")
@@ -76,9 +78,13 @@ def _not_null(value: Any) -> Any:
 
 def _tier(value: Any) -> Any:
     # Strict validation wants a member of the enum, but JSON has only its value.
-    if value not in list(DataSensitivity):
+    tier = _TIERS.get(value) if isinstance(value, str) else None
+    if tier is None:
         raise ValueError(f"must be one of {', '.join(DataSensitivity)}")
-    return DataSensitivity(value)
+    return tier
+
+
+_TIERS = {tier.value: tier for tier in DataSensitivity}
 
 
 NotNull = BeforeValidator(_not_null)

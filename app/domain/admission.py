@@ -147,7 +147,7 @@ def decide(
     if (
         terms.closed_at is not None
         or now >= terms.expires_at
-        or agent_id is not None
+        or (agent_id is not None and agent_id != terms.grant.agent_id)
         or frozen
         or terms.paused_at is not None
     ):

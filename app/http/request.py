@@ -40,6 +40,10 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 
 
+FieldError = dict[str, str]
+"""Where and why a field is invalid."""
+
+
 class StrictRequest(Request):
     """A request as handlers see it. FastAPI recognises the type and passes it on."""
 
@@ -52,6 +56,9 @@ class StrictRequest(Request):
     path_value = ""
     """The part of the path that the route leaves open."""
     query: Mapping[str, Any] = MappingProxyType({})
+    """The query parameters that are valid."""
+    query_errors: Sequence[FieldError] = ()
+    """What is wrong with others."""
     records = True
     """Whether the request may record something, unless its method or query says not."""
 
@@ -95,20 +102,6 @@ class StrictRequest(Request):
         """The same as text (RFC 9110, section 5.5)."""
         return [value.decode("latin-1") for value in self.header_values(name)]
 
-    def read_query(self, known: Sequence[str]) -> dict[str, str]:
-        """The query. Raises `Refused` for a parameter that is not `known` or is repeated."""
-        text = self.scope["query_string"].decode("latin-1")
-        pairs = parse_qsl(text, keep_blank_values=True)
-        found = dict(pairs)
-        if not found.keys() <= set(known):
-            takes = f"use {', '.join(sorted(known))}" if known else "there are none here"
-            raise invalid_field("query", "", f"has unknown parameters; {takes}")
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            (twice, *_) = (name for name in found if names.count(name) > 1)
-            raise invalid_field("query", twice, "must be sent only once")
-        return found
-
     async def read_json(self, receive: Receive) -> Any:
         """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
         if self._is_repeated or self._last.get(b"content-type") != b"application/json":
@@ -141,6 +134,20 @@ class StrictRequest(Request):
             if more:
                 message = await receive()
         return body
+
+
+def parse_query(sent: bytes, known: Sequence[str]) -> dict[str, str]:
+    """The parameters of a query. Raises `Refused` for one that is unknown or repeated."""
+    pairs = parse_qsl(sent.decode("latin-1"), keep_blank_values=True)
+    found = dict(pairs)
+    if not found.keys() <= set(known):
+        takes = f"use {', '.join(sorted(known))}" if known else "there are none here"
+        raise invalid_field("query", "", f"has unknown parameters; {takes}")
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        (twice, *_) = (name for name in found if names.count(name) > 1)
+        raise invalid_field("query", twice, "must be sent only once")
+    return found
 
 
 def check_content_type(values: Iterable[str], *, patches: bool = False) -> None:

@@ -20,7 +20,8 @@ The function of a route returns a `RawResponse`. Its parameters are:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -44,11 +45,14 @@ from app.http.problems import (
     failed_response,
     invalid_fields,
 )
-from app.http.request import StrictRequest
+from app.http.request import FieldError, StrictRequest, parse_query
 from app.http.response import RawResponse
 
 MAX_FIELD_ERRORS = 20
 """Maximum number of field errors in one response."""
+
+MAX_CACHED_BYTES = 64
+"""Maximum length of a query whose meaning is cached."""
 
 _PERCENT = ord("%")
 
@@ -106,6 +110,8 @@ class Handler:
                 self._defaults[name] = parameter.default
                 self._query[name] = TypeAdapter(annotation)
         self._names = tuple(self._query)
+        # Of the queries that are short, most are alike.
+        self._parsed_query = lru_cache(maxsize=128)(self._parse_query)
 
     async def respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
         """Serve a request. Everything that fails becomes a problem; only `ClientDisconnect` is
@@ -140,8 +146,10 @@ class Handler:
         """Check the spelling of the path, and read the query. Raises `Refused`."""
         if _PERCENT in request.scope.get("raw_path", b""):
             raise Refused(NOT_FOUND)
-        if request.scope["query_string"]:
-            request.query = request.read_query(self._names)
+        sent = request.scope["query_string"]
+        if sent:
+            parse = self._parsed_query if len(sent) <= MAX_CACHED_BYTES else self._parse_query
+            request.query, request.query_errors = parse(sent)
 
     def read_body(self, request: StrictRequest, receive: Receive) -> Awaitable[Any]:
         """Read and parse the body. Raises `Refused`, or `ClientDisconnect`."""
@@ -176,27 +184,24 @@ class Handler:
             raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
 
     def _validate(self, request: StrictRequest) -> None:
-        """Replace the query parameters and the body by what they mean. Raises `Refused` with
-        all that is wrong about them."""
-        errors: list[dict[str, str]] = []
-        if request.query:
-            request.query, errors = self._validate_query(request.query)
+        """Replace the body by what it means. Raises `Refused` with all that is wrong about it
+        and the query."""
+        errors = request.query_errors
         if self._to_model is not None and request.body is not self._default_body:
             try:
                 request.body = self._to_model(request.body)
             except ValidationError as error:
-                errors += field_errors("body", (), error)
+                errors = [*errors, *field_errors("body", (), error)]
         if errors:
             # A path or a header that is not valid comes first.
             for _, read in self._read:
                 read(request)
-            raise invalid_fields(errors[:MAX_FIELD_ERRORS], self.invalid)
+            raise invalid_fields([*errors[:MAX_FIELD_ERRORS]], self.invalid)
 
-    def _validate_query(
-        self, texts: Mapping[str, str]
-    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    def _parse_query(self, sent: bytes) -> tuple[Mapping[str, Any], Sequence[FieldError]]:
+        """The valid parameters of a query, and what is wrong with others. Raises `Refused`."""
         valid, errors = {}, []
-        for name, text in texts.items():
+        for name, text in parse_query(sent, self._names).items():
             try:
                 valid[name] = self._query[name].validate_python(text)
             except ValidationError as error:
@@ -226,7 +231,7 @@ def _itself(request: StrictRequest) -> StrictRequest:
 
 def field_errors(
     where: str, start: tuple[str, ...], error: ValidationError
-) -> list[dict[str, str]]:
+) -> list[FieldError]:
     """Where and why fields are invalid, without the input. The name of an unknown field is
     input too."""
     found = []
