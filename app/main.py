@@ -111,8 +111,8 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
             )
             events.started()
             stack.callback(events.stopped)
-            turn = None if store.waits else Turn(asyncio.get_running_loop())
-            gate = Gate(metrics, limits, turn=turn)
+            gate = Gate(metrics, limits)
+            turn = Turn(asyncio.get_running_loop(), tasks=store.waits)
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.handle_sigterm())
@@ -121,7 +121,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 works.append(key_file.run(authenticator))
             for work in works:
                 stack.push_async_callback(_end, asyncio.create_task(work))
-            yield {"gate": gate}
+            yield {"gate": gate, "turn": turn}
 
     gateways = GatewayOptions(
         FREE_METHODS.union(settings.authz_free_methods), settings.public_url

@@ -13,7 +13,6 @@ from typing import Protocol
 from app.observability.logs import get_logger
 from app.observability.metrics import Metrics
 from app.server.queue import RequestQueue, Waiter
-from app.server.turn import Turn
 
 HEALTH_PATHS = frozenset({b"/livez", b"/readyz", b"/healthz"})
 """Served under any load."""
@@ -73,11 +72,8 @@ class Gate:
         limits: Limits,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
-        turn: Turn | None = None,
     ) -> None:
         self.metrics = metrics
-        self.turn = turn
-        """What runs requests; `None` if each needs a task."""
         self.request_timeout_secs = limits.request_timeout_secs
         self.keep_alive_secs = limits.keep_alive_secs
         self.draining = False

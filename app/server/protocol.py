@@ -43,6 +43,7 @@ from app.server.exchange import CLOSE, Exchange, encode_response
 from app.server.flow import unread_bytes, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
 from app.server.refusals import LoadShedResponse, refusal
+from app.server.turn import Turn
 
 MAX_PIPELINED = 64
 """Maximum number of requests on one connection that wait for the one being served."""
@@ -70,7 +71,8 @@ class _StopParsing(Exception):
 
 
 class LimitedProtocol(asyncio.Protocol):
-    """One connection. All of them share `app_state["gate"]`, which the lifespan provides."""
+    """One connection. All of them share the `gate` and the `turn` of `app_state`, which the
+    lifespan provides."""
 
     transport: asyncio.Transport
     flow: FlowControl
@@ -99,6 +101,7 @@ class LimitedProtocol(asyncio.Protocol):
         )
         self._access_log = logging.getLogger("uvicorn.access").hasHandlers()
         self._gate: Gate = app_state["gate"]
+        self._turn: Turn = app_state["turn"]
         self._metrics: Metrics = self._gate.metrics
         self.deadline = math.inf
         self._within_limit = True
@@ -165,7 +168,7 @@ class LimitedProtocol(asyncio.Protocol):
             self._serving.disconnect()
         self.flow.resume_writing()
         if exc is None:
-            self.transport.close()
+            self._close()
         self._parser = None  # type: ignore[assignment]  # not used again
         self._scope["extensions"] = {}
         if self._queued is not None:
@@ -394,7 +397,7 @@ class LimitedProtocol(asyncio.Protocol):
             self._skipping = False
             self._set_deadline(self._gate.keep_alive_secs)
             if self._gate.draining:
-                self.transport.close()
+                self._close()
             return
         message.more_body = False
         if message is not self._serving:
@@ -414,7 +417,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._serving = message
         if message.waiting_for_100_continue:
             message.waiting_for_100_continue = False
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _accept(self, message: Exchange) -> bool:
         """Serve a complete message, let it wait for its turn, or shed it. Return False if the
@@ -458,11 +461,8 @@ class LimitedProtocol(asyncio.Protocol):
         self._in_flight = True
         if self._gate.draining or self._ends:
             message.keep_alive = False
-        if self._gate.turn is None:
-            self.on_task(self.loop.create_task(message.run_asgi(self.app)))
-        else:
-            self._task = None
-            self._gate.turn.join(self, message.run_asgi(self.app))
+        self._task = None
+        self._turn.run(self, message.run_asgi(self.app))
 
     def on_task(self, task: asyncio.Task[None]) -> None:
         """The request that is being served has a task."""
@@ -494,7 +494,7 @@ class LimitedProtocol(asyncio.Protocol):
         if self._refused is not None:
             self._write_refusal(self._refused)
         elif self._client_ended:
-            self.transport.close()
+            self._close()
         else:
             self.flow.resume_reading()
             if not self._receiving:
@@ -531,7 +531,7 @@ class LimitedProtocol(asyncio.Protocol):
         response = _load_shed_response.answer(sent, self.server_state.default_headers)
         if method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
-        self.transport.write(response)
+        self._write(response)
         self._set_deadline(self._gate.keep_alive_secs)
         return True
 
@@ -556,11 +556,10 @@ class LimitedProtocol(asyncio.Protocol):
         if not message.keep_alive:
             headers = [*headers, CLOSE]
         message.response_started = message.response_complete = True
-        self.transport.write(
-            encode_response(response, self.server_state.default_headers, headers)
-        )
+        encoded = encode_response(response, self.server_state.default_headers, headers)
+        self._turn.write(self.transport, encoded)
         if not message.keep_alive:
-            self.transport.close()
+            self._close()
         self._on_response()
         return True
 
@@ -619,7 +618,7 @@ class LimitedProtocol(asyncio.Protocol):
             self._refuse(Refused(REQUEST_TIMEOUT))
         else:
             self._await_flushing()
-            self.transport.close()
+            self._close()
 
     def drop(self) -> None:
         """Close at once, to make room."""
@@ -634,7 +633,7 @@ class LimitedProtocol(asyncio.Protocol):
             self._keep_task()
         elif not self._receiving:
             if self._answered and not unread_bytes(self.transport):
-                self.transport.close()
+                self._close()
             else:
                 # A client that has just connected, or just asked, still gets its response.
                 self._set_deadline(LINGER_SECS)
@@ -664,10 +663,19 @@ class LimitedProtocol(asyncio.Protocol):
         self._answered = True
         message = self._message if self._receiving else self._serving
         headers = self.server_state.default_headers
-        self.transport.write(refusal(refused, message, headers))
+        self._write(refusal(refused, message, headers))
         self._half_close()
 
+    def _write(self, data: bytes) -> None:
+        self._turn.flush()
+        self.transport.write(data)
+
+    def _close(self) -> None:
+        self._turn.flush()
+        self.transport.close()
+
     def _half_close(self) -> None:
+        self._turn.flush()
         self._set_deadline(LINGER_SECS)
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -1,11 +1,13 @@
-"""Runs the requests that one turn of the event loop has read, without a task for each.
+"""Requests that one turn of the event loop has read run together, and their responses are
+written together.
 
-A task takes a twentieth of the time of a call, and over a store that never waits no call needs
-one. So a request starts without a task and gets one when it first waits. Until then
+To read, run and write one request after the other is a third slower: the caches of the
+processor start cold in each step, and every write wakes up a client. So requests are not run
+where they are read, inside the parser's callback, nor responses written where they are made.
+
+Over a store that never waits, requests need no task, which would take a twentieth of their
+time. They start without one and get one when they first wait. Until then
 `asyncio.current_task()` is `None`: code that needs a task waits once, with `asyncio.sleep(0)`.
-
-Requests are not run where they are read, inside the parser's callback. Reading 32 requests and
-then running them took 37 µs each, running each at once 46.
 """
 
 from __future__ import annotations
@@ -22,43 +24,75 @@ class Connection(Protocol):
     """Whose request runs."""
 
     def on_task(self, task: asyncio.Task[None]) -> None:
-        """Called when the request waits: `task` continues it."""
+        """Called when a task runs the request: `task`."""
+
+
+Request = Coroutine[Any, Any, None]
 
 
 class Turn:
-    """The requests to run in the next turn of `loop`, oldest first."""
+    """What the next turn of `loop` does. With `tasks`, every request has one from the start."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, tasks: bool) -> None:
         self._loop = loop
-        self._requests: list[tuple[Connection, Coroutine[Any, Any, None]]] = []
+        self._tasks = tasks
+        self._requests: list[tuple[Connection, Request]] = []
+        self._responses: list[tuple[asyncio.Transport, bytes]] = []
+        self._is_running = False
 
-    def join(self, connection: Connection, request: Coroutine[Any, Any, None]) -> None:
-        """Run `request` in the next turn."""
+    def run(self, connection: Connection, request: Request) -> None:
+        """Run a request in the next turn, after those before it."""
+        if self._tasks:
+            connection.on_task(self._loop.create_task(request))
+            return
         self._requests.append((connection, request))
         if len(self._requests) == 1:
             self._loop.call_soon(self._run)
 
+    def write(self, transport: asyncio.Transport, response: bytes) -> None:
+        """Write a response at the end of this turn. Call `flush` before anything else is done
+        with the transport."""
+        self._responses.append((transport, response))
+        if len(self._responses) == 1 and not self._is_running:
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write the responses."""
+        if self._responses:
+            responses, self._responses = self._responses, []
+            for transport, response in responses:
+                if not transport.is_closing():
+                    transport.write(response)
+
     def _run(self) -> None:
         requests, self._requests = self._requests, []
-        for connection, request in requests:
-            context = copy_context()
-            try:
-                awaited = context.run(request.send, None)
-            except StopIteration:
-                continue
-            except Exception as error:  # noqa: BLE001 - reported, as that of a task is
-                self._loop.call_exception_handler(
-                    {"message": "a request failed", "exception": error}
-                )
-                continue
-            rest = _Rest(request, awaited)
-            connection.on_task(self._loop.create_task(rest, context=context))
+        self._is_running = True
+        try:
+            for connection, request in requests:
+                self._start(connection, request)
+        finally:
+            self._is_running = False
+            self.flush()
+
+    def _start(self, connection: Connection, request: Request) -> None:
+        context = copy_context()
+        try:
+            awaited = context.run(request.send, None)
+        except StopIteration:
+            return
+        except Exception as error:  # noqa: BLE001 - reported, as that of a task is
+            self._loop.call_exception_handler(
+                {"message": "a request failed", "exception": error}
+            )
+            return
+        rest = _Rest(request, awaited)
+        connection.on_task(self._loop.create_task(rest, context=context))
 
 
-class _Rest(Coroutine[Any, Any, None]):
+class _Rest(Request):
     """A coroutine that has started and waits for `awaited`, for a task to continue."""
 
-    def __init__(self, started: Coroutine[Any, Any, None], awaited: Any) -> None:
+    def __init__(self, started: Request, awaited: Any) -> None:
         self._started = started
         self._awaited = awaited
         self._is_handed_over = False

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from app.http.dispatch import WHOLE_RESPONSE
+from app.http.response import RawResponse
 from app.observability.metrics import Metrics
 from app.server.gate import Gate, Limits
 from app.server.protocol import LimitedProtocol
@@ -22,8 +27,10 @@ GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 class FakeTransport(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
+    """Notes what is written. Its socket is connected to nothing."""
+
+    def __init__(self, unconnected: socket.socket) -> None:
+        super().__init__({"socket": unconnected})
         self.written = b""
 
     def write(self, data: Any) -> None:
@@ -34,6 +41,12 @@ class FakeTransport(asyncio.Transport):
 
     def close(self) -> None:
         pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def can_write_eof(self) -> bool:
+        return False
 
 
 async def waits_a_turn(scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,13 +59,29 @@ async def never_waits(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def connected(app: Callable[..., Any], *, tasks: bool) -> LimitedProtocol:
-    turn = None if tasks else Turn(asyncio.get_running_loop())
-    gate = Gate(Metrics(), Limits(), turn=turn)
-    config = uvicorn.Config(app, log_config=None)
-    connection = LimitedProtocol(config, ServerState(), {"gate": gate})
-    connection.connection_made(FakeTransport())
-    return connection
+async def responds_whole(scope: Scope, receive: Receive, send: Send) -> None:
+    assert scope["extensions"][WHOLE_RESPONSE]["respond"](RawResponse(204, []), [])
+
+
+Connect = Callable[..., LimitedProtocol]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Make a connection over a fake transport."""
+    with closing(socket.socket(socket.AF_UNIX)) as unconnected:
+
+        def made(app: Callable[..., Any], *, tasks: bool) -> LimitedProtocol:
+            state = {
+                "gate": Gate(Metrics(), Limits()),
+                "turn": Turn(asyncio.get_running_loop(), tasks=tasks),
+            }
+            config = uvicorn.Config(app, log_config=None, access_log=False)
+            connection = LimitedProtocol(config, ServerState(), state)
+            connection.connection_made(FakeTransport(unconnected))
+            return connection
+
+        yield made
 
 
 async def turns() -> None:
@@ -64,9 +93,9 @@ async def turns() -> None:
 @pytest.mark.parametrize("app", [never_waits, waits_a_turn])
 class TestInFlight:
     async def test_a_request_is_in_flight_until_it_is_answered(
-        self, app: Callable[..., Any], tasks: bool
+        self, connect: Connect, app: Callable[..., Any], tasks: bool
     ) -> None:
-        connection = connected(app, tasks=tasks)
+        connection = connect(app, tasks=tasks)
         metrics = connection._gate.metrics
         connection.data_received(GET)
         assert metrics.requests_in_flight == 1
@@ -76,9 +105,9 @@ class TestInFlight:
         assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
 
     async def test_a_client_that_leaves_at_once_frees_its_place_once(
-        self, app: Callable[..., Any], tasks: bool
+        self, connect: Connect, app: Callable[..., Any], tasks: bool
     ) -> None:
-        connection = connected(app, tasks=tasks)
+        connection = connect(app, tasks=tasks)
         metrics = connection._gate.metrics
         connection.data_received(GET)
         connection.connection_lost(None)
@@ -90,9 +119,9 @@ class TestInFlight:
         assert not connection.server_state.tasks
 
     async def test_a_client_that_leaves_during_the_request_frees_its_place_once(
-        self, app: Callable[..., Any], tasks: bool
+        self, connect: Connect, app: Callable[..., Any], tasks: bool
     ) -> None:
-        connection = connected(app, tasks=tasks)
+        connection = connect(app, tasks=tasks)
         metrics = connection._gate.metrics
         connection.data_received(GET)
         await asyncio.sleep(0)
@@ -101,3 +130,38 @@ class TestInFlight:
 
         assert metrics.requests_in_flight == 0
         assert not connection.server_state.tasks
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["turns", "tasks"])
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (b"nonsense\r\n", [b"204", b"400"]),
+        (
+            GET.replace(b"Host", b"Expect: 100-continue\r\nContent-Length: 1\r\nHost"),
+            [b"204", b"100"],
+        ),
+    ],
+    ids=["a refusal", "100 Continue"],
+)
+async def test_nothing_overtakes_a_response_that_is_not_written_yet(
+    connect: Connect, tasks: bool, sent: bytes, statuses: list[bytes]
+) -> None:
+    connection = connect(responds_whole, tasks=tasks)
+    connection.data_received(GET)
+    await asyncio.sleep(0)
+    connection.data_received(sent)
+    await turns()
+
+    found = re.findall(rb"HTTP/1\.1 (\d{3}) ", connection.transport.written)
+    assert found == statuses
+
+
+async def test_a_response_is_written_before_the_connection_closes(connect: Connect) -> None:
+    connection = connect(responds_whole, tasks=True)
+    connection.data_received(GET)
+    await asyncio.sleep(0)
+    assert connection.transport.written == b""
+    connection.shutdown()
+
+    assert connection.transport.written.startswith(b"HTTP/1.1 204 ")

@@ -1,4 +1,5 @@
-"""Requests that run without a task, until they wait."""
+"""What a turn of the event loop does: it runs requests, without a task until they wait, and
+writes responses."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ class Requester:
 
 @pytest.fixture
 async def turn() -> Turn:
-    return Turn(asyncio.get_running_loop())
+    return Turn(asyncio.get_running_loop(), tasks=False)
 
 
 def join(turn: Turn, request: Coroutine[Any, Any, None]) -> Requester:
     requester = Requester()
-    turn.join(requester, request)
+    turn.run(requester, request)
     return requester
 
 
@@ -156,3 +157,64 @@ class TestTurn:
         await next_turn()
 
         assert ran == [1, 2]
+
+
+class Transport(asyncio.Transport):
+    """Notes what is written."""
+
+    def __init__(self, noted: list[Any], name: str) -> None:
+        super().__init__()
+        self.noted, self.name = noted, name
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.noted.append((self.name, data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+
+class TestResponses:
+    async def test_responses_are_written_together_when_all_requests_have_run(
+        self, turn: Turn
+    ) -> None:
+        noted: list[Any] = []
+        transport = Transport(noted, "one")
+
+        async def request(number: int) -> None:
+            noted.append(number)
+            turn.write(transport, b"%d" % number)
+
+        for number in (1, 2):
+            join(turn, request(number))
+        await next_turn()
+
+        assert noted == [1, 2, ("one", b"1"), ("one", b"2")]
+
+    async def test_the_response_of_a_task_is_written_in_the_next_turn(self, turn: Turn) -> None:
+        noted: list[Any] = []
+        turn.write(Transport(noted, "one"), b"1")
+        turn.write(Transport(noted, "two"), b"2")
+        assert noted == []
+        await next_turn()
+
+        assert noted == [("one", b"1"), ("two", b"2")]
+
+    async def test_a_flush_writes_at_once_and_only_once(self, turn: Turn) -> None:
+        noted: list[Any] = []
+        turn.write(Transport(noted, "one"), b"1")
+        turn.flush()
+        assert noted == [("one", b"1")]
+        await next_turn()
+
+        assert noted == [("one", b"1")]
+
+    async def test_nothing_is_written_to_a_client_that_has_gone(self, turn: Turn) -> None:
+        noted: list[Any] = []
+        gone, present = Transport(noted, "gone"), Transport(noted, "present")
+        turn.write(gone, b"1")
+        turn.write(present, b"2")
+        gone.closing = True
+        await next_turn()
+
+        assert noted == [("present", b"2")]
