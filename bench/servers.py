@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -25,7 +26,6 @@ SESSION = {
 }
 CALL = '{"tool_name":"read_file"}'
 BATCH_SIZE = 16
-BATCH = '{"tool_names":[' + ",".join(['"read_file"'] * BATCH_SIZE) + "]}"
 START_SECS = 180
 STORED_SESSIONS = 1000
 
@@ -130,8 +130,9 @@ def _settings(port: int, keys: str, store_url: str) -> dict[str, str]:
     }
 
 
-def batches(target: Target, scratch: Path) -> Target:
-    """Return the same target, but for batches."""
+def batches(target: Target, scratch: Path, size: int = BATCH_SIZE) -> Target:
+    """Return the same target, but for batches of `size` calls."""
     paths = scratch / f"batch-{target.port}.paths"
     paths.write_text(target.paths.read_text().replace("/calls", "/batch"))
-    return target._replace(paths=paths, body=BATCH)
+    body = json.dumps({"tool_names": ["read_file"] * size})
+    return target._replace(paths=paths, body=body)
