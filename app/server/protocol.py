@@ -1,8 +1,8 @@
 """The connection of the service: uvicorn's task, with limits that uvicorn has no setting for.
 
-It limits the size, form and duration of requests, and the number of requests in flight. A
-request is served once it is whole. The checks that every request needs are in the parser's
-callbacks and written for speed. Rare conditions are derived when they are needed.
+A reader limits the size and form of requests. The connection limits how long each may take
+and how many are in flight. It serves a request once it is whole, and sheds it if that would
+take too long.
 
 A refusal is sent after the responses to earlier requests on the connection. Nothing more is
 read then. The connection is half closed first and closed a moment later, because closing it
@@ -15,10 +15,9 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, NoReturn, cast
+from functools import partial
+from typing import Any, cast
 
-import httptools
 from typing_extensions import override
 from uvicorn._types import HTTPScope
 from uvicorn.config import Config
@@ -28,46 +27,27 @@ from uvicorn.server import ServerState
 
 from app.http.dispatch import WHOLE_RESPONSE
 from app.http.problems import (
-    HEADERS_TOO_LARGE,
-    MALFORMED_REQUEST,
     OVERLOADED,
-    PAYLOAD_TOO_LARGE,
     REQUEST_TIMEOUT,
     Refused,
 )
-from app.http.request import MAX_BODY_BYTES
 from app.http.response import Headers, RawResponse
 from app.observability.metrics import Metrics
 from app.server import head
 from app.server.exchange import CLOSE, Exchange, encode_response
 from app.server.flow import unread_bytes, unsent_bytes
 from app.server.gate import HEALTH_PATHS, Gate
+from app.server.reader import RequestReader
 from app.server.refusals import LoadShedResponse, refusal
 from app.server.turn import Turn
 
 MAX_PIPELINED = 64
 """Maximum number of requests on one connection that wait for the one being served."""
 
-MAX_MESSAGE_BYTES = 2 * MAX_BODY_BYTES
-"""Maximum size of a message after its first read, with the framing of chunks and trailers."""
-
 LINGER_SECS = 1.0
 """How long a connection stays half closed, so that the client can read the refusal."""
 
-# Without these fields, a message that can be kept alive is HTTP/1.1. Asking the parser for the
-# version would take longer.
-_RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
-_FRAGMENT = ord("#")
-_PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 _load_shed_response = LoadShedResponse()
-
-
-class _StopParsing(Exception):
-    """Raised through the parser to stop it.
-
-    It does not carry the reason: a stored exception would keep its frames, and with them the
-    data read, alive until a garbage collection.
-    """
 
 
 class LimitedProtocol(asyncio.Protocol):
@@ -106,11 +86,8 @@ class LimitedProtocol(asyncio.Protocol):
         self.deadline = math.inf
         self._within_limit = True
         self._max_in_flight = 0
-        self._ends = False
         self._answered = self._client_ended = False
         self._unsent_bytes = 0
-        self._valid_host = b""
-        self._reason: Refused | None = None
         self._refused: Refused | None = None
 
         self._serving: Exchange | None = None
@@ -120,29 +97,6 @@ class LimitedProtocol(asyncio.Protocol):
         self._queued: Exchange | None = None
         self._pipeline: deque[Exchange] = deque()
         """Requests that wait for the one being served, the newest first."""
-
-        self._parser = self._new_parser()
-        self._piece = b""
-        self._is_first = False
-        """Whether the next message to begin is at the start of the piece."""
-        self._message: Exchange
-        """The newest."""
-        self._receiving = False
-        """Whether it is incomplete."""
-        self._chunked_bytes: int | None = None
-        self._expects_continue = False
-        self._skipping = False
-        self._upgrade_offered = False
-        # About a message that does not arrive in one read.
-        self._timed: Exchange | None = None
-        self._earlier = b""
-        self._later_bytes = 0
-
-    def _new_parser(self) -> httptools.HttpRequestParser:
-        parser = httptools.HttpRequestParser(self)
-        # What follows a message that ends the connection is ignored.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
 
     # Events from the transport.
 
@@ -157,7 +111,8 @@ class LimitedProtocol(asyncio.Protocol):
         self._within_limit = self._gate.enter(self)
         # A connection over the limit has no capacity.
         self._max_in_flight = self._gate.max_requests_in_flight if self._within_limit else 0
-        self._ends = not self._within_limit
+        begin = partial(Exchange, transport, self.flow, self.server_state, self._on_response)
+        self._reader = RequestReader(self, begin, self._scope)
         self._set_deadline(self._gate.request_timeout_secs)
 
     @override
@@ -169,7 +124,7 @@ class LimitedProtocol(asyncio.Protocol):
         self.flow.resume_writing()
         if exc is None:
             self._close()
-        self._parser = None  # type: ignore[assignment]  # not used again
+        self._reader.release()
         self._scope["extensions"] = {}
         if self._queued is not None:
             self._queued, self._in_flight = None, False
@@ -195,50 +150,10 @@ class LimitedProtocol(asyncio.Protocol):
             for start in range(0, len(data), head.MAX_BYTES):
                 self.data_received(data[start : start + head.MAX_BYTES])
             return
-        while data and self._refused is None:
-            self._piece, self._is_first = data, not self._receiving
-            try:
-                self._parser.feed_data(data)
-                if self._receiving:
-                    self._check_incomplete(self._message, data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = self._without_upgrade(data[upgrade.args[0] :])
-                continue
-            except (httptools.HttpParserError, _StopParsing):
-                if self._refused is None:
-                    self._refuse(self._reason or Refused(MALFORMED_REQUEST))
-            return
-
-    def _without_upgrade(self, rest: bytes) -> bytes:
-        """Return the head without its offer of an upgrade, followed by `rest`, to parse anew.
-
-        The parser treats the bytes after an offer as another protocol. We support no other, so
-        a new parser gets the same head without the offer (RFC 9110, section 7.8).
-        """
-        if not self._upgrade_offered:
-            # CONNECT. Nothing after it can be parsed, and the response ends the connection.
-            self.flow.pause_reading()
-            return b""
-        self._upgrade_offered = False
-        message, method = self._message, self._parser.get_method()
-        version = self._parser.get_http_version()
-        self._parser = self._new_parser()
-        return head.without_upgrade(method, message.target, version, message.headers) + rest
-
-    def _check_incomplete(self, message: Exchange, data: bytes) -> None:
-        """Check a message that is still incomplete. `data` is what arrived last."""
-        if message is not self._timed:
-            self._timed = message
-            self._earlier = b""
-            self._later_bytes = 0
-            self._set_deadline(self._gate.request_timeout_secs)
-        else:
-            self._later_bytes += len(data)
-        if not self._skipping and message.scope is None:
-            self._earlier += data
-            self._check_head_size(message)
-        elif self._later_bytes > MAX_MESSAGE_BYTES:
-            self._stop(Refused(PAYLOAD_TOO_LARGE))
+        if self._refused is None:
+            refused = self._reader.feed(data)
+            if refused is not None and self._refused is None:
+                self._refuse(refused)
 
     @override
     def eof_received(self) -> bool | None:
@@ -256,158 +171,55 @@ class LimitedProtocol(asyncio.Protocol):
     @override
     def resume_writing(self) -> None:
         self.flow.resume_writing()
-        waits = self._in_flight or self._receiving or self._refused is not None
+        waits = self._in_flight or self._reader.receiving or self._refused is not None
         gate = self._gate
         self._set_deadline(gate.request_timeout_secs if waits else gate.keep_alive_secs)
 
-    # Events from the parser.
+    # Events from the reader.
 
-    def on_message_begin(self) -> None:
-        """The first byte of a message."""
-        self._message = Exchange(
-            self.transport, self.flow, self.server_state, self._on_response
-        )
-        self._receiving = True
+    def on_incomplete(self) -> None:
+        """The rest of a message must arrive in time."""
+        self._set_deadline(self._gate.request_timeout_secs)
 
-    def on_url(self, url: bytes) -> None:
-        """A part of the target."""
-        self._message.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field, or one of the trailers, which we do not use."""
-        headers = self._message.headers
-        headers.append((name.lower(), value))
-        if len(headers) > head.MAX_FIELDS:
-            self._stop(Refused(HEADERS_TOO_LARGE))
-
-    def on_headers_complete(self) -> None:
-        """The end of the head."""
-        message, parser = self._message, self._parser
-        headers = message.headers
-        fields = dict(headers)
-        method, version = parser.get_method(), "1.1"
-        self._chunked_bytes = None
-        if (
-            len(fields) != len(headers)
-            or fields.get(b"host") != self._valid_host
-            or not _RARE.isdisjoint(fields)
-            or not parser.should_keep_alive()
-        ):
-            if parser.should_upgrade() and method != b"CONNECT":
-                # The head is parsed again, without the offer.
-                self._upgrade_offered = True
-                return
-            version = parser.get_http_version()
-            self._check_fields(message, fields, version)
-        is_late = self._timed is message
-        target_end = len(method) + 1 + len(message.target)
-        if (
-            is_late
-            or not self._is_first
-            or not self._piece.startswith(b" HTTP/", target_end)
-            or _FRAGMENT in message.target
-        ):
-            self._check_target(message)
-        self._is_first = False
-        length = fields.get(b"content-length")
-        # The parser has ensured that it is one number.
-        if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
-            self._stop(Refused(PAYLOAD_TOO_LARGE))
-        if is_late:
-            self._check_head_size(message)
+    def on_head(self, message: Exchange) -> bool:
+        """Decide what happens to a message. Return False if it has been shed."""
         if self._in_flight:
-            self._check_pipeline()
+            # A few messages may wait for the one being served.
+            if len(self._pipeline) >= MAX_PIPELINED:
+                self._reader.stop(Refused(OVERLOADED))
+            self.flow.pause_reading()
         elif self._metrics.requests_in_flight >= self._max_in_flight and not (
-            self._has_capacity(method, message.target) or self._can_wait()
+            self._has_capacity(message) or self._can_wait()
         ):
             # With these it would be uncertain where the next message begins.
-            ends = message.waiting_for_100_continue or b"transfer-encoding" in fields
-            ends = ends or not parser.should_keep_alive()
-            if not self._shed(method, headers, ends=ends):
-                self._stop(Refused(OVERLOADED))
-            self._skipping = True
+            uncertain = message.waiting_for_100_continue or self._reader.is_chunked
+            if uncertain or not self._shed(message):
+                self._reader.stop(Refused(OVERLOADED))
             self._set_deadline(self._gate.request_timeout_secs)
-            return
-        message.complete_head(self._scope, method, version)
+            return False
         if self._serving is not None and not self._serving.response_complete:
             self._pipeline.appendleft(message)
         elif message.waiting_for_100_continue:
             self._expect_body(message)
         else:
             self._serving = message
+        return True
 
-    def _check_pipeline(self) -> None:
-        """Let a few messages wait for the one being served, and pause reading."""
-        if len(self._pipeline) >= MAX_PIPELINED:
-            self._stop(Refused(OVERLOADED))
-        self.flow.pause_reading()
-
-    def _check_target(self, message: Exchange) -> None:
-        received = self._piece
-        if self._timed is message:
-            received = self._earlier + received
-        refused = head.validate_target(message.target, received)
-        if refused is not None:
-            self._stop(refused)
-
-    def _check_fields(
-        self, message: Exchange, fields: dict[bytes, bytes], version: str
-    ) -> None:
-        refused = head.validate(message.headers, version)
-        if refused is not None:
-            self._stop(refused)
-        self._valid_host = fields.get(b"host", b"")
-        if b"transfer-encoding" in fields:
-            self._chunked_bytes = 0
-        # HTTP/1.0 has no 100 Continue (RFC 9110, section 10.1.1).
-        expects = fields.get(b"expect", b"").lower() == b"100-continue"
-        message.waiting_for_100_continue = expects and version != "1.0"
-        message.keep_alive = version != "1.0" and self._parser.should_keep_alive()
-        is_last = self._parser.should_upgrade() or version == "1.0"
-        self._ends = self._ends or is_last
-
-    def _check_head_size(self, message: Exchange) -> None:
-        # One read can hold more than this head, so only complete fields count, and of an
-        # incomplete one the bytes after the first read.
-        known = head.size_bytes(message.target, message.headers)
-        if max(known, self._later_bytes) > head.MAX_BYTES:
-            self._stop(Refused(HEADERS_TOO_LARGE))
-
-    def _stop(self, reason: Refused) -> NoReturn:
-        """Refuse the message that is being received."""
-        self._reason = reason
-        raise _StopParsing
-
-    def on_body(self, body: bytes) -> None:
-        """A part of the body."""
-        if self._chunked_bytes is not None:
-            self._chunked_bytes += len(body)
-            if self._chunked_bytes > MAX_BODY_BYTES:
-                self._stop(Refused(PAYLOAD_TOO_LARGE))
-        if not self._skipping:
-            self._message.body += body
-
-    def on_message_complete(self) -> None:
-        """The end of a message."""
-        message = self._message
-        if self._upgrade_offered:
-            return
-        self._receiving = False
-        if self._skipping:
-            self._skipping = False
-            self._set_deadline(self._gate.keep_alive_secs)
-            if self._gate.draining:
-                self._close()
-            return
-        message.more_body = False
+    def on_message(self, message: Exchange) -> None:
+        """Serve a complete message, unless it waits for earlier ones."""
         if message is not self._serving:
-            # It waits for earlier messages.
             return
         # Most requests are served at once.
         if self._metrics.requests_in_flight < self._max_in_flight:
             self._serve(message)
         elif not self._accept(message):
-            self._stop(Refused(OVERLOADED))
+            self._reader.stop(Refused(OVERLOADED))
+
+    def on_skipped(self) -> None:
+        """A message that has been shed has ended."""
+        self._set_deadline(self._gate.keep_alive_secs)
+        if self._gate.draining:
+            self._close()
 
     # Serving and shedding.
 
@@ -423,13 +235,13 @@ class LimitedProtocol(asyncio.Protocol):
         """Serve a complete message, let it wait for its turn, or shed it. Return False if the
         connection must be closed instead."""
         full = self._metrics.requests_in_flight >= self._max_in_flight
-        if not full or self._has_capacity_for(message):
+        if not full or self._has_capacity(message):
             self._serve(message)
         elif self._can_wait():
             self._queued, self._in_flight = message, True
             self._gate.queue.join(self)
         else:
-            return self._shed_whole(message)
+            return self._shed(message)
         return True
 
     def start(self) -> None:
@@ -441,7 +253,7 @@ class LimitedProtocol(asyncio.Protocol):
     def shed(self) -> None:
         """Shed the request that has waited too long."""
         message, self._queued, self._in_flight = self._queued, None, False
-        if message is None or self._shed_whole(message):
+        if message is None or self._shed(message):
             self._serve_next()
         else:
             self._end_overloaded()
@@ -459,7 +271,7 @@ class LimitedProtocol(asyncio.Protocol):
             message.access_log = True
         self._metrics.requests_in_flight += 1
         self._in_flight = True
-        if self._gate.draining or self._ends:
+        if self._gate.draining or not self._within_limit:
             message.keep_alive = False
         self._task = None
         self._turn.run(self, message.run_asgi(self.app))
@@ -497,39 +309,33 @@ class LimitedProtocol(asyncio.Protocol):
             self._close()
         else:
             self.flow.resume_reading()
-            if not self._receiving:
+            if not self._reader.receiving:
                 self._set_deadline(self._gate.keep_alive_secs)
 
-    def _has_capacity(self, method: bytes, target: bytes) -> bool:
+    def _has_capacity(self, message: Exchange) -> bool:
         """Return whether to serve a request although the limit is reached."""
-        if target.partition(b"?")[0] in HEALTH_PATHS:
+        if message.target.partition(b"?")[0] in HEALTH_PATHS:
             return True
-        return self._within_limit and self._gate.has_capacity(method)
+        return self._within_limit and self._gate.has_capacity(message.method)
 
     def _can_wait(self) -> bool:
         return self._within_limit and self._gate.queue.has_room()
 
-    def _has_capacity_for(self, message: Exchange) -> bool:
-        return self._has_capacity(message.method, message.target)
-
-    def _shed_whole(self, message: Exchange) -> bool:
-        """Shed a complete message. Return False if the connection must be closed instead."""
-        message.response_started = message.response_complete = True
-        return self._shed(message.method, message.fields, ends=not message.keep_alive)
-
-    def _shed(self, method: bytes, sent: Iterable[tuple[bytes, bytes]], *, ends: bool) -> bool:
+    def _shed(self, message: Exchange) -> bool:
         """Respond at once that the service is overloaded. Return False if the connection must
         be closed instead.
 
         This runs most often when the service has the least time, so it must cost much less than
         serving.
         """
-        if ends or self._ends or self._gate.draining or self.flow.write_paused:
+        message.response_started = message.response_complete = True
+        ends = not message.keep_alive or not self._within_limit or self._gate.draining
+        if ends or self.flow.write_paused:
             return False
         self._answered = True
         self._metrics.refused[OVERLOADED.code] += 1
-        response = _load_shed_response.answer(sent, self.server_state.default_headers)
-        if method == b"HEAD":
+        response = _load_shed_response.answer(message.fields, self.server_state.default_headers)
+        if message.method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
         self._write(response)
         self._set_deadline(self._gate.keep_alive_secs)
@@ -568,10 +374,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._answered = True
         # Not when the task is done: the event loop reports that one turn later, and requests
         # that it read in between would be shed.
-        self._in_flight = False
-        self._metrics.requests_in_flight -= 1
-        if self._gate.queue.waiting:
-            self._gate.start_next()
+        self._release()
         if self.transport.is_closing():
             self._await_flushing()
         elif self._pipeline or self._refused is not None or self._client_ended:
@@ -579,7 +382,7 @@ class LimitedProtocol(asyncio.Protocol):
         else:
             if self.flow.read_paused:
                 self.flow.resume_reading()
-            if not self._receiving:
+            if not self._reader.receiving:
                 self.deadline = self.loop.time() + self._gate.keep_alive_secs
 
     # State.
@@ -591,7 +394,7 @@ class LimitedProtocol(asyncio.Protocol):
 
     def is_idle(self) -> bool:
         """Return whether it has answered a request and waits for the next."""
-        busy = self._in_flight or self._receiving or self._refused is not None
+        busy = self._in_flight or self._reader.receiving or self._refused is not None
         return self._answered and not busy
 
     # Deadlines and closing.
@@ -611,10 +414,10 @@ class LimitedProtocol(asyncio.Protocol):
                 self._await_flushing()
             else:
                 self.transport.abort()
-        elif self._in_flight and (self.flow.read_paused or not self._receiving):
+        elif self._in_flight and (self.flow.read_paused or not self._reader.receiving):
             # The service, not the client, is taking the time.
             self._set_deadline(self._gate.request_timeout_secs)
-        elif self._refused is None and self._receiving:
+        elif self._refused is None and self._reader.receiving:
             self._refuse(Refused(REQUEST_TIMEOUT))
         else:
             self._await_flushing()
@@ -631,7 +434,7 @@ class LimitedProtocol(asyncio.Protocol):
             if self._serving is not None:
                 self._serving.keep_alive = False
             self._keep_task()
-        elif not self._receiving:
+        elif not self._reader.receiving:
             if self._answered and not unread_bytes(self.transport):
                 self._close()
             else:
@@ -643,16 +446,14 @@ class LimitedProtocol(asyncio.Protocol):
         self._metrics.refused[refused.kind.code] += 1
         self._refused = refused
         self.flow.pause_reading()
-        # They may hold a whole read of an oversized message.
-        self._piece = self._earlier = b""
-        self._parser = None  # type: ignore[assignment]  # it is not used again
-        if self._skipping:
+        self._reader.release()
+        if self._reader.skipping:
             self._half_close()
             return
-        if self._receiving and self._message.scope is not None:
+        if self._reader.receiving and self._reader.message.scope is not None:
             # The body of this message is refused.
-            self._message.body = bytearray()
-            if self._message in self._pipeline:
+            self._reader.message.body = bytearray()
+            if self._reader.message in self._pipeline:
                 self._pipeline.popleft()
         if not self._in_flight:
             self._write_refusal(refused)
@@ -661,7 +462,7 @@ class LimitedProtocol(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self._answered = True
-        message = self._message if self._receiving else self._serving
+        message = self._reader.message if self._reader.receiving else self._serving
         headers = self.server_state.default_headers
         self._write(refusal(refused, message, headers))
         self._half_close()
