@@ -148,7 +148,7 @@ class CreateSession(_Request):
     delegation_chain_snapshot: list[
         Annotated[str, StringConstraints(max_length=MAX_DELEGATION_CHARS)]
     ] = Field(
-        default=[],
+        default_factory=list,
         max_length=MAX_DELEGATIONS,
         description="Who delegated to whom. Stored, never interpreted.",
     )
