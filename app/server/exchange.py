@@ -86,7 +86,7 @@ class Exchange(RequestResponseCycle):
             self._event = asyncio.Event()
         return self._event
 
-    def complete_head(self, connection: HTTPScope, method: bytes, version: str) -> None:
+    def complete_head(self, connection: HTTPScope, version: str) -> None:
         """Make the scope from that of the connection. Raises `HttpParserInvalidURLError`."""
         target = self.target
         if target.startswith(b"/") and target.isascii():
@@ -95,10 +95,9 @@ class Exchange(RequestResponseCycle):
             url = httptools.parse_url(target)
             raw_path, query = url.path, url.query or b""
         path = raw_path.decode("ascii")
-        self.method = method
         self.scope = scope = connection.copy()
         scope["http_version"] = version
-        scope["method"] = method.decode("ascii")
+        scope["method"] = self.method.decode("ascii")
         scope["path"] = scope["root_path"] + (unquote(path) if "%" in path else path)
         scope["raw_path"] = raw_path
         scope["query_string"] = query

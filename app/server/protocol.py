@@ -16,6 +16,7 @@ import logging
 import math
 from collections import deque
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 from typing_extensions import override
@@ -75,7 +76,7 @@ class LimitedProtocol(asyncio.Protocol):
                 "type": "http",
                 "asgi": {"version": config.asgi_version, "spec_version": "2.3"},
                 "root_path": config.root_path,
-                "state": app_state,
+                "state": MappingProxyType(app_state),
                 "extensions": {WHOLE_RESPONSE: {"respond": self._respond}},
             },
         )
@@ -124,8 +125,12 @@ class LimitedProtocol(asyncio.Protocol):
         self.flow.resume_writing()
         if exc is None:
             self._close()
-        self._reader.release()
-        self._scope["extensions"] = {}
+        # What refers to this in a circle would live until a garbage collection, or for good: a
+        # collection freezes what it finds alive.
+        self._scope["extensions"].clear()
+        self._reader.close()
+        self._serving = None
+        self._pipeline.clear()
         if self._queued is not None:
             self._queued, self._in_flight = None, False
         elif self._in_flight:
@@ -159,6 +164,7 @@ class LimitedProtocol(asyncio.Protocol):
     def eof_received(self) -> bool | None:
         """Return whether the connection stays open. A client that has finished sending can
         still wait for responses."""
+        self._turn.flush()
         self._client_ended = True
         return self._in_flight or None
 
@@ -291,6 +297,7 @@ class LimitedProtocol(asyncio.Protocol):
 
     def _serve_next(self) -> None:
         """Continue with the messages that waited for the one that has been answered."""
+        self._turn.flush()
         while self._pipeline:
             message = self._pipeline.pop()
             if message.more_body:
@@ -372,6 +379,9 @@ class LimitedProtocol(asyncio.Protocol):
     def _on_response(self) -> None:
         self.server_state.total_requests += 1
         self._answered = True
+        if self._serving is not None:
+            # The connection keeps the request until the next one.
+            self._serving.body.clear()
         # Not when the task is done: the event loop reports that one turn later, and requests
         # that it read in between would be shed.
         self._release()
@@ -425,6 +435,7 @@ class LimitedProtocol(asyncio.Protocol):
 
     def drop(self) -> None:
         """Close at once, to make room."""
+        self._turn.flush()
         self.transport.abort()
 
     def shutdown(self) -> None:

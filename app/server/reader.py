@@ -114,10 +114,16 @@ class RequestReader:
         raise _StopReading
 
     def release(self) -> None:
-        """Forget what has been read. Nothing is read after this."""
+        """Forget what has been read, but for the newest message. Nothing is read after this."""
         # They may hold a whole read of an oversized message.
         self._piece = self._earlier = b""
-        self._parser = None  # type: ignore[assignment]  # not used again; it refers to this
+        self._parser = None  # type: ignore[assignment]  # not used again
+
+    def close(self) -> None:
+        """Forget everything. Nothing is called after this."""
+        self.release()
+        self.message = self._late = None  # type: ignore[assignment]  # not used again
+        self._receiver = self._begin = None  # type: ignore[assignment]
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """Return the head without its offer of an upgrade, followed by `rest`, to parse anew.
@@ -172,7 +178,8 @@ class RequestReader:
         """The end of the head."""
         message, parser = self.message, self._parser
         fields = dict(message.headers)
-        method, version = parser.get_method(), "1.1"
+        method = message.method = parser.get_method()
+        version = "1.1"
         self._chunked_bytes = None
         if (
             len(fields) != len(message.headers)
@@ -202,7 +209,7 @@ class RequestReader:
             self.stop(Refused(PAYLOAD_TOO_LARGE))
         if is_late:
             self._check_head_size(message)
-        message.complete_head(self._connection, method, version)
+        message.complete_head(self._connection, version)
         self.skipping = not self._receiver.on_head(message)
 
     def on_body(self, body: bytes) -> None:
@@ -219,6 +226,7 @@ class RequestReader:
         if self._upgrade_offered:
             return
         self.receiving = False
+        self._late = None
         if self.skipping:
             self.skipping = False
             self._receiver.on_skipped()

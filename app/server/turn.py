@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextvars import copy_context
+from contextvars import Context
 from typing import Any, Protocol
 
 from typing_extensions import override
@@ -43,7 +43,7 @@ class Turn:
     def run(self, connection: Connection, request: Request) -> None:
         """Run a request in the next turn, after those before it."""
         if self._tasks:
-            connection.on_task(self._loop.create_task(request))
+            connection.on_task(self._loop.create_task(request, context=Context()))
             return
         self._requests.append((connection, request))
         if len(self._requests) == 1:
@@ -75,7 +75,8 @@ class Turn:
             self.flush()
 
     def _start(self, connection: Connection, request: Request) -> None:
-        context = copy_context()
+        # Its own: it may be started by another request, on the same connection or from a queue.
+        context = Context()
         try:
             awaited = context.run(request.send, None)
         except StopIteration:

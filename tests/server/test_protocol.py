@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import socket
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -165,3 +168,68 @@ async def test_a_response_is_written_before_the_connection_closes(connect: Conne
     connection.shutdown()
 
     assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["turns", "tasks"])
+async def test_a_client_that_has_finished_sending_gets_its_response(
+    connect: Connect, tasks: bool
+) -> None:
+    connection = connect(responds_whole, tasks=tasks)
+    connection.data_received(GET)
+    await asyncio.sleep(0)
+    # The transport closes after this.
+    assert connection.eof_received() is None
+
+    assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
+
+
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n"
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["turns", "tasks"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [],
+        [GET],
+        [b"GET / HT"],
+        [POST, b"-" * 100],
+        [POST, b"-" * 60_000],
+        [GET * 9],
+        [GET, b"nonsense\r\n"],
+    ],
+    ids=["nothing", "a request", "half a head", "half a body", "a body", "many", "a refusal"],
+)
+@pytest.mark.parametrize("turns_before", [0, 1, 4])
+@pytest.mark.parametrize("app", [responds_whole, never_waits, waits_a_turn])
+async def test_nothing_is_left_of_a_closed_connection(
+    connect: Connect, app: Callable[..., Any], turns_before: int, sent: list[bytes], tasks: bool
+) -> None:
+    connection = connect(app, tasks=tasks)
+    left = weakref.ref(connection)
+    gc.disable()
+    try:
+        for each in sent:
+            connection.data_received(each)
+        for _ in range(turns_before):
+            await asyncio.sleep(0)
+        connection.connection_lost(ConnectionResetError())
+        del connection
+        await turns()
+
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+async def test_an_idle_connection_keeps_no_body(connect: Connect) -> None:
+    connection = connect(responds_whole, tasks=False)
+    connection.data_received(POST)
+    connection.data_received(b"-" * 60_000)
+    await turns()
+
+    assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
+    kept = connection._serving
+    assert kept is not None
+    assert kept.body == b""
+    assert sys.getrefcount(kept) == 4, "the connection, its reader, the local name, the call"

@@ -101,6 +101,27 @@ class TestTurn:
         assert seen == [(0, 1), (0, 2)]
         assert number.get() == 0
 
+    @pytest.mark.parametrize("tasks", [False, True])
+    async def test_a_request_does_not_see_the_context_of_the_one_that_started_it(
+        self, tasks: bool
+    ) -> None:
+        turn = Turn(asyncio.get_running_loop(), tasks=tasks)
+        number: ContextVar[int] = ContextVar("number", default=0)
+        seen = []
+
+        async def second() -> None:
+            seen.append(number.get())
+
+        async def first() -> None:
+            number.set(1)
+            join(turn, second())
+
+        join(turn, first())
+        await next_turn()
+        await next_turn()
+
+        assert seen == [0]
+
     async def test_the_task_can_be_cancelled(self, turn: Turn) -> None:
         seen = []
 
