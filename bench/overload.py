@@ -21,16 +21,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import httpx
 import uvloop
 
 from bench.load import LOAD_CORE, Target, pinned, press
-from bench.servers import batches, ours
+from bench.servers import SESSION, ours
 
 TICK_SECS = 0.001
 CONNECTIONS = 3072
 CAPACITY_CONNECTIONS = 256
 """For measuring the capacity: many, as offered, but few enough that none is refused."""
-OFFERED_BATCH_SIZE = 256
 IDLE_CONNECTIONS = 500
 
 
@@ -87,9 +87,8 @@ class Overload(NamedTuple):
 def overload(scratch: Path, secs: float) -> Overload:
     """Measure the capacity, then offer it, twice it, and it again. The result at capacity is
     the mean of the two runs."""
-    with ours(scratch) as one:
-        # The service handles plain calls faster than this client can offer twice as many.
-        target = batches(one, scratch, OFFERED_BATCH_SIZE)
+    with ours(scratch) as plain:
+        target = _costly(plain, scratch)
         many = target._replace(connections=CAPACITY_CONNECTIONS)
         per_sec = press(many, secs / 5, scratch).per_sec
         before = offer(target, per_sec, secs / 3)
@@ -97,6 +96,20 @@ def overload(scratch: Path, secs: float) -> Overload:
         after = offer(target, per_sec, secs / 3)
     mean = [statistics.fmean(pair) for pair in zip(before, after, strict=True)]
     return Overload(Offered(*mean), twice)
+
+
+def _costly(plain: Target, scratch: Path) -> Target:
+    """Requests that cost some 100 µs each: the service handles plain calls faster than this
+    client can offer twice as many."""
+    made = httpx.post(
+        f"http://127.0.0.1:{plain.port}/sessions",
+        json=SESSION | {"authorized_tools": ["*.*.*"]},
+        headers={"authorization": plain.authorization},
+    )
+    paths = scratch / f"costly-{plain.port}.paths"
+    paths.write_text(f"{made.headers['location']}/batch\n")
+    names = [f"files.local.read_{number}" for number in range(64)]
+    return plain._replace(paths=paths, body=json.dumps({"tool_names": names}))
 
 
 def beside_idle(scratch: Path, rounds: int, secs: float) -> float:

@@ -130,9 +130,9 @@ def _settings(port: int, keys: str, store_url: str) -> dict[str, str]:
     }
 
 
-def batches(target: Target, scratch: Path, size: int = BATCH_SIZE) -> Target:
-    """Return the same target, but for batches of `size` calls."""
+def batches(target: Target, scratch: Path) -> Target:
+    """Return the same target, but for batches."""
     paths = scratch / f"batch-{target.port}.paths"
     paths.write_text(target.paths.read_text().replace("/calls", "/batch"))
-    body = json.dumps({"tool_names": ["read_file"] * size})
+    body = json.dumps({"tool_names": ["read_file"] * BATCH_SIZE})
     return target._replace(paths=paths, body=body)

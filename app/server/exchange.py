@@ -98,8 +98,11 @@ class Exchange(RequestResponseCycle):
         self.scope = scope = connection.copy()
         scope["http_version"] = version
         scope["method"] = self.method.decode("ascii")
-        scope["path"] = scope["root_path"] + (unquote(path) if "%" in path else path)
+        scope["path"] = unquote(path) if "%" in path else path
         scope["raw_path"] = raw_path
+        if root := scope["root_path"]:
+            scope["path"] = root + scope["path"]
+            scope["raw_path"] = root.encode("ascii") + raw_path
         scope["query_string"] = query
         scope["headers"] = self.headers
         # Trailers must not be merged into the headers (RFC 9110, section 6.5.1).

@@ -344,7 +344,7 @@ class LimitedProtocol(asyncio.Protocol):
         response = _load_shed_response.answer(message.fields, self.server_state.default_headers)
         if message.method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
-        self._write(response)
+        self._turn.write(self.transport, response)
         self._set_deadline(self._gate.keep_alive_secs)
         return True
 
