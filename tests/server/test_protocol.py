@@ -183,6 +183,15 @@ async def test_a_client_that_has_finished_sending_gets_its_response(
     assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
 
 
+async def test_the_last_of_several_requests_may_be_http_1_0(connect: Connect) -> None:
+    connection = connect(responds_whole, tasks=False)
+    connection.data_received(GET * 2 + GET.replace(b"1.1", b"1.0"))
+    await turns()
+
+    answers = connection.transport.written.split(b"HTTP/1.1 204 ")[1:]
+    assert [b"connection: close" in each for each in answers] == [False, False, True]
+
+
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n"
 
 
