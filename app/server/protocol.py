@@ -205,10 +205,8 @@ class LimitedProtocol(asyncio.Protocol):
             return False
         if self._serving is not None and not self._serving.response_complete:
             self._pipeline.appendleft(message)
-        elif message.waiting_for_100_continue:
-            self._expect_body(message)
         else:
-            self._serving = message
+            self._expect_body(message)
         return True
 
     def on_message(self, message: Exchange) -> None:
@@ -267,10 +265,7 @@ class LimitedProtocol(asyncio.Protocol):
     def _end_overloaded(self) -> None:
         """Close the connection: its next message can be neither served nor shed."""
         self._pipeline.clear()
-        if self._refused is None:
-            self._refuse(Refused(OVERLOADED))
-        else:
-            self._write_refusal(self._refused)
+        self._refuse(Refused(OVERLOADED), self._serving)
 
     def _serve(self, message: Exchange) -> None:
         if self._access_log:
@@ -336,6 +331,7 @@ class LimitedProtocol(asyncio.Protocol):
         serving.
         """
         message.response_started = message.response_complete = True
+        message.body.clear()
         ends = not message.keep_alive or not self._within_limit or self._gate.draining
         if ends or self.flow.write_paused:
             return False
@@ -344,7 +340,9 @@ class LimitedProtocol(asyncio.Protocol):
         response = _load_shed_response.answer(message.fields, self.server_state.default_headers)
         if message.method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
-        self._turn.write(self.transport, response)
+        # At once: one read can hold thousands of requests, and a client that does not read the
+        # responses must pause the rest.
+        self._write(response)
         self._set_deadline(self._gate.keep_alive_secs)
         return True
 
@@ -452,8 +450,9 @@ class LimitedProtocol(asyncio.Protocol):
                 # A client that has just connected, or just asked, still gets its response.
                 self._set_deadline(LINGER_SECS)
 
-    def _refuse(self, refused: Refused) -> None:
-        """Respond with a problem, after the response in progress, and read nothing more."""
+    def _refuse(self, refused: Refused, message: Exchange | None = None) -> None:
+        """Respond with a problem, after the response in progress, and read nothing more. The
+        response is to `message`, or else to the newest."""
         self._metrics.refused[refused.kind.code] += 1
         self._refused = refused
         self.flow.pause_reading()
@@ -467,13 +466,14 @@ class LimitedProtocol(asyncio.Protocol):
             if self._reader.message in self._pipeline:
                 self._pipeline.popleft()
         if not self._in_flight:
-            self._write_refusal(refused)
+            self._write_refusal(refused, message)
 
-    def _write_refusal(self, refused: Refused) -> None:
+    def _write_refusal(self, refused: Refused, message: Exchange | None = None) -> None:
         if self.transport.is_closing():
             return
         self._answered = True
-        message = self._reader.message if self._reader.receiving else self._serving
+        if message is None:
+            message = self._reader.message if self._reader.receiving else self._serving
         headers = self.server_state.default_headers
         self._write(refusal(refused, message, headers))
         self._half_close()

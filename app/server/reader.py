@@ -106,6 +106,7 @@ class RequestReader:
             except (httptools.HttpParserError, _StopReading):
                 return self._reason or Refused(MALFORMED_REQUEST)
             break
+        self._piece = b""
         return None
 
     def stop(self, reason: Refused) -> NoReturn:
@@ -226,7 +227,8 @@ class RequestReader:
         if self._upgrade_offered:
             return
         self.receiving = False
-        self._late = None
+        if self._late is not None:
+            self._late, self._earlier = None, b""
         if self.skipping:
             self.skipping = False
             self._receiver.on_skipped()

@@ -65,6 +65,8 @@ class Turn:
                     transport.write(response)
 
     def _run(self) -> None:
+        # A request may answer its client by itself, after the response to its last one.
+        self.flush()
         requests, self._requests = self._requests, []
         self._is_running = True
         try:

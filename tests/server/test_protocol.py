@@ -22,6 +22,7 @@ from app.http.response import RawResponse
 from app.observability.metrics import Metrics
 from app.server.gate import Gate, Limits
 from app.server.protocol import LimitedProtocol
+from app.server.queue import RequestQueue
 from app.server.turn import Turn
 
 pytestmark = pytest.mark.anyio
@@ -74,9 +75,11 @@ def connect() -> Iterator[Connect]:
     """Make a connection over a fake transport."""
     with closing(socket.socket(socket.AF_UNIX)) as unconnected:
 
-        def made(app: Callable[..., Any], *, tasks: bool) -> LimitedProtocol:
+        def made(
+            app: Callable[..., Any], *, tasks: bool, limits: Limits | None = None
+        ) -> LimitedProtocol:
             state = {
-                "gate": Gate(Metrics(), Limits()),
+                "gate": Gate(Metrics(), limits or Limits()),
                 "turn": Turn(asyncio.get_running_loop(), tasks=tasks),
             }
             config = uvicorn.Config(app, log_config=None, access_log=False)
@@ -242,3 +245,64 @@ async def test_an_idle_connection_keeps_no_body(connect: Connect) -> None:
     assert kept is not None
     assert kept.body == b""
     assert sys.getrefcount(kept) == 4, "the connection, its reader, the local name, the call"
+
+
+def statuses(connection: LimitedProtocol) -> list[bytes]:
+    return re.findall(rb"HTTP/1\.1 (\d{3}) ", connection.transport.written)
+
+
+FULL = Limits(requests_in_flight=0, queue_delay_secs=0)
+
+
+class TestShedding:
+    async def test_a_shed_request_leaves_no_body(self, connect: Connect) -> None:
+        connection = connect(responds_whole, tasks=False, limits=Limits(queue_delay_secs=0))
+        connection.data_received(POST)
+        connection._gate.metrics.requests_in_flight = Limits().requests_in_flight
+        connection.data_received(b"-" * 60_000)
+        await turns()
+
+        assert statuses(connection) == [b"503"]
+        assert connection._serving is not None
+        assert connection._serving.body == b""
+
+    async def test_a_client_that_does_not_read_is_not_answered_without_end(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connection = connect(responds_whole, tasks=False, limits=FULL)
+        write = connection.transport.write
+
+        def pausing(data: bytes) -> None:
+            write(data)
+            if len(connection.transport.written) > 65_536:
+                connection.flow.pause_writing()
+
+        monkeypatch.setattr(connection.transport, "write", pausing)
+        connection.data_received(GET * 10_000)
+        await turns()
+
+        assert 65_536 < len(connection.transport.written) < 2 * 65_536
+
+    async def test_a_request_is_not_refused_for_the_mistake_of_the_next(
+        self, connect: Connect
+    ) -> None:
+        connection = connect(responds_whole, tasks=False)
+        second = GET.replace(b"GET", b"HEAD").replace(b"Host", b"X-Request-Id: two\r\nHost")
+        connection.data_received(GET + second + b"nonsense\r\n")
+        # Its response ends the connection, so it cannot be shed.
+        connection._pipeline[-1].keep_alive = False
+        connection._max_in_flight = connection._gate.max_requests_in_flight = 0
+        connection._gate.queue = RequestQueue(0)
+        await turns()
+
+        assert statuses(connection) == [b"204", b"503"]
+        assert b"x-request-id: two" in connection.transport.written
+
+    async def test_nothing_overtakes_a_response_in_one_turn(self, connect: Connect) -> None:
+        connection = connect(never_waits, tasks=False)
+        turn = connection._turn
+        turn.write(connection.transport, b"HTTP/1.1 200 OK\r\n\r\n")
+        connection.data_received(GET)
+        turn._run()
+
+        assert statuses(connection) == [b"200", b"204"]

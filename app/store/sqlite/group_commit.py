@@ -39,7 +39,11 @@ class GroupCommit:
         self._waiting.append((job, future))
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all())
-        return await future
+        try:
+            return await future
+        finally:
+            # The future holds the exception, whose traceback holds this frame.
+            del future
 
     async def drain(self) -> None:
         """Wait for all submitted jobs, then stop the thread."""
