@@ -331,7 +331,12 @@ class StoreMachine(RuleBasedStateMachine):
         if not unusable and key in model.replays:
             first, answer = model.replays[key]
             if first == asked:
-                assert decision == Admitted(answer, replayed=True)
+                # The usage is that of then, the terms are those of now.
+                assert isinstance(decision, Admitted)
+                assert decision.replayed
+                session = decision.session
+                assert (session.usage, session.as_of) == (answer.usage, answer.as_of)
+                assert (session.grant, session.terms.rev) == (model.grant, model.rev)
             else:
                 assert isinstance(decision, Denied)
                 assert decision.code.value == "idempotency_conflict"
