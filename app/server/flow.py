@@ -13,7 +13,7 @@ def unread_bytes(transport: asyncio.Transport) -> int:
     connection = transport.get_extra_info("socket")
     try:
         queued = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
-    except OSError:
+    except (OSError, ValueError):
         return 0
     return int.from_bytes(queued, sys.byteorder)
 
@@ -25,7 +25,7 @@ def unsent_bytes(transport: asyncio.Transport) -> int:
     connection = transport.get_extra_info("socket")
     try:
         queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
-    except OSError:
-        # Not every system says.
+    except (OSError, ValueError):
+        # Not every system says, nor does a socket that is closed.
         return here
     return here + int.from_bytes(queued, sys.byteorder)

@@ -33,11 +33,11 @@ class Receiver(Protocol):
     def on_incomplete(self) -> None:
         """Called when a read ends within a message, once for each message."""
 
-    def on_head(self, message: Exchange) -> bool:
+    def on_head(self, exchange: Exchange) -> bool:
         """Called with a message whose head is complete. Return whether to receive its body,
         which is skipped otherwise."""
 
-    def on_message(self, message: Exchange) -> None:
+    def on_request(self, exchange: Exchange) -> None:
         """Called with a complete message."""
 
     def on_skipped(self) -> None:
@@ -68,7 +68,7 @@ class RequestReader:
         self._is_first = False
         """Whether the next message to begin is at the start of the piece."""
 
-        self.message: Exchange
+        self.exchange: Exchange
         """The newest."""
         self.receiving = False
         """Whether it is incomplete."""
@@ -99,7 +99,7 @@ class RequestReader:
             try:
                 self._parser.feed_data(data)
                 if self.receiving:
-                    self._check_incomplete(self.message, data)
+                    self._check_incomplete(self.exchange, data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._without_upgrade(data[upgrade.args[0] :])
                 continue
@@ -123,7 +123,7 @@ class RequestReader:
     def close(self) -> None:
         """Forget everything. Nothing is called after this."""
         self.release()
-        self.message = self._late = None  # type: ignore[assignment]  # not used again
+        self.exchange = self._late = None  # type: ignore[assignment]  # not used again
         self._receiver = self._begin = None  # type: ignore[assignment]
 
     def _without_upgrade(self, rest: bytes) -> bytes:
@@ -134,26 +134,26 @@ class RequestReader:
         """
         if not self._upgrade_offered:
             # CONNECT. Nothing after it can be parsed, and the response ends the connection.
-            self.message.flow.pause_reading()
+            self.exchange.flow.pause_reading()
             return b""
         self._upgrade_offered = False
-        message, method = self.message, self._parser.get_method()
+        exchange, method = self.exchange, self._parser.get_method()
         version = self._parser.get_http_version()
         self._parser = self._new_parser()
-        return head.without_upgrade(method, message.target, version, message.headers) + rest
+        return head.without_upgrade(method, exchange.target, version, exchange.headers) + rest
 
-    def _check_incomplete(self, message: Exchange, data: bytes) -> None:
+    def _check_incomplete(self, exchange: Exchange, data: bytes) -> None:
         """Check a message that is still incomplete. `data` is what arrived last."""
-        if message is not self._late:
-            self._late = message
+        if exchange is not self._late:
+            self._late = exchange
             self._earlier = b""
             self._later_bytes = 0
             self._receiver.on_incomplete()
         else:
             self._later_bytes += len(data)
-        if message.scope is None:
+        if exchange.scope is None:
             self._earlier += data
-            self._check_head_size(message)
+            self._check_head_size(exchange)
         elif self._later_bytes > MAX_MESSAGE_BYTES:
             self.stop(Refused(PAYLOAD_TOO_LARGE))
 
@@ -161,29 +161,29 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         """The first byte of a message."""
-        self.message = self._begin()
+        self.exchange = self._begin()
         self.receiving = True
 
     def on_url(self, url: bytes) -> None:
         """A part of the target."""
-        self.message.target += url
+        self.exchange.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header field, or one of the trailers, which we do not use."""
-        headers = self.message.headers
+        headers = self.exchange.headers
         headers.append((name.lower(), value))
         if len(headers) > head.MAX_FIELDS:
             self.stop(Refused(HEADERS_TOO_LARGE))
 
     def on_headers_complete(self) -> None:
         """The end of the head."""
-        message, parser = self.message, self._parser
-        fields = dict(message.headers)
-        method = message.method = parser.get_method()
+        exchange, parser = self.exchange, self._parser
+        fields = dict(exchange.headers)
+        method = exchange.method = parser.get_method()
         version = "1.1"
         self._chunked_bytes = None
         if (
-            len(fields) != len(message.headers)
+            len(fields) != len(exchange.headers)
             or fields.get(b"host") != self._valid_host
             or not _RARE.isdisjoint(fields)
             or not parser.should_keep_alive()
@@ -193,25 +193,25 @@ class RequestReader:
                 self._upgrade_offered = True
                 return
             version = parser.get_http_version()
-            self._check_fields(message, fields, version)
-        is_late = message is self._late
-        target_end = len(method) + 1 + len(message.target)
+            self._check_fields(exchange, fields, version)
+        is_late = exchange is self._late
+        target_end = len(method) + 1 + len(exchange.target)
         if (
             is_late
             or not self._is_first
             or not self._piece.startswith(b" HTTP/", target_end)
-            or _FRAGMENT in message.target
+            or _FRAGMENT in exchange.target
         ):
-            self._check_target(message)
+            self._check_target(exchange)
         self._is_first = False
         length = fields.get(b"content-length")
         # The parser has ensured that it is one number.
         if length is not None and len(length) > _PLAIN_DIGITS and int(length) > MAX_BODY_BYTES:
             self.stop(Refused(PAYLOAD_TOO_LARGE))
         if is_late:
-            self._check_head_size(message)
-        message.complete_head(self._connection, version)
-        self.skipping = not self._receiver.on_head(message)
+            self._check_head_size(exchange)
+        exchange.complete_head(self._connection, version)
+        self.skipping = not self._receiver.on_head(exchange)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -220,7 +220,7 @@ class RequestReader:
             if self._chunked_bytes > MAX_BODY_BYTES:
                 self.stop(Refused(PAYLOAD_TOO_LARGE))
         if not self.skipping:
-            self.message.body += body
+            self.exchange.body += body
 
     def on_message_complete(self) -> None:
         """The end of a message."""
@@ -233,23 +233,23 @@ class RequestReader:
             self.skipping = False
             self._receiver.on_skipped()
         else:
-            self.message.more_body = False
-            self._receiver.on_message(self.message)
+            self.exchange.more_body = False
+            self._receiver.on_request(self.exchange)
 
     # Checks.
 
-    def _check_target(self, message: Exchange) -> None:
+    def _check_target(self, exchange: Exchange) -> None:
         received = self._piece
-        if message is self._late:
+        if exchange is self._late:
             received = self._earlier + received
-        refused = head.validate_target(message.target, received)
+        refused = head.validate_target(exchange.target, received)
         if refused is not None:
             self.stop(refused)
 
     def _check_fields(
-        self, message: Exchange, fields: dict[bytes, bytes], version: str
+        self, exchange: Exchange, fields: dict[bytes, bytes], version: str
     ) -> None:
-        refused = head.validate(message.headers, version)
+        refused = head.validate(exchange.headers, version)
         if refused is not None:
             self.stop(refused)
         self._valid_host = fields.get(b"host", b"")
@@ -257,13 +257,13 @@ class RequestReader:
             self._chunked_bytes = 0
         # HTTP/1.0 has no 100 Continue (RFC 9110, section 10.1.1).
         expects = fields.get(b"expect", b"").lower() == b"100-continue"
-        message.waiting_for_100_continue = expects and version != "1.0"
+        exchange.waiting_for_100_continue = expects and version != "1.0"
         is_last = self._parser.should_upgrade() or version == "1.0"
-        message.keep_alive = self._parser.should_keep_alive() and not is_last
+        exchange.keep_alive = self._parser.should_keep_alive() and not is_last
 
-    def _check_head_size(self, message: Exchange) -> None:
+    def _check_head_size(self, exchange: Exchange) -> None:
         # One read can hold more than this head, so only complete fields count, and of an
         # incomplete one the bytes after the first read.
-        known = head.size_bytes(message.target, message.headers)
+        known = head.size_bytes(exchange.target, exchange.headers)
         if max(known, self._later_bytes) > head.MAX_BYTES:
             self.stop(Refused(HEADERS_TOO_LARGE))

@@ -15,6 +15,7 @@ import pytest
 
 from tests import engines
 from tests.conftest import PATIENTLY
+from tests.engines import until
 from tests.services import Service, StartService, received_on, running
 from tests.support import session_request
 
@@ -122,6 +123,40 @@ def test_a_client_that_does_not_read_is_disconnected(quick: Service) -> None:
 
     assert received.startswith(b"HTTP/1.1 200 ")
     assert gauge(quick, "arbiter_http_requests_in_flight") == 1
+
+
+def test_clients_that_do_not_read_leave_places_for_others(start_service: StartService) -> None:
+    """They need no key to ask for a large response, many times on one connection."""
+    service = start_service(
+        ARBITER_MAX_REQUESTS_IN_FLIGHT="2",
+        ARBITER_MAX_QUEUE_DELAY_SECS="60",
+        ARBITER_REQUEST_TIMEOUT_SECS="60",
+    )
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connections(service, 16, request * 60), httpx.Client(base_url=service.url) as client:
+        # Each has got as much as the buffers of the system hold.
+        until(lambda: gauge(service, "arbiter_http_requests_in_flight") == 1)
+        made = [client.post("/sessions", json=session_request()) for _ in range(50)]
+
+    assert [each.status_code for each in made] == [201] * 50
+
+
+def test_a_client_that_reads_too_slowly_is_disconnected(quick: Service) -> None:
+    """It always makes progress, but so little that it could hold a connection for good."""
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(quick.address)
+        connection.sendall(request * 60)
+        # A socket that never receives anything, to wait on between reads.
+        here, there = socket.socketpair()
+        with here, there:
+            here.settimeout(0.1)
+            # What the system has buffered still arrives after that.
+            while gauge(quick, "arbiter_http_connections") > 1:
+                assert connection.recv(256)
+                with suppress(TimeoutError):
+                    here.recv(1)
 
 
 @pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"], ids=["keep", "close"])

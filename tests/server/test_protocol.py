@@ -21,7 +21,7 @@ from app.http.dispatch import WHOLE_RESPONSE
 from app.http.response import RawResponse
 from app.observability.metrics import Metrics
 from app.server.gate import Gate, Limits
-from app.server.protocol import LimitedProtocol
+from app.server.protocol import MIN_READ_BYTES_PER_SEC, LimitedProtocol, State
 from app.server.queue import RequestQueue
 from app.server.turn import Turn
 
@@ -44,6 +44,12 @@ class FakeTransport(asyncio.Transport):
         return False
 
     def close(self) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def resume_reading(self) -> None:
         pass
 
     def pause_reading(self) -> None:
@@ -241,10 +247,79 @@ async def test_an_idle_connection_keeps_no_body(connect: Connect) -> None:
     await turns()
 
     assert connection.transport.written.startswith(b"HTTP/1.1 204 ")
-    kept = connection._serving
+    kept = connection._current
     assert kept is not None
     assert kept.body == b""
     assert sys.getrefcount(kept) == 4, "the connection, its reader, the local name, the call"
+
+
+class TestSlowReaders:
+    """Clients that do not read, so that nothing more can be written."""
+
+    @pytest.mark.parametrize("tasks", [False, True], ids=["turns", "tasks"])
+    async def test_no_request_starts_before_the_client_has_read(
+        self, connect: Connect, tasks: bool
+    ) -> None:
+        connection = connect(responds_whole, tasks=tasks)
+        metrics = connection._gate.metrics
+        connection.pause_writing()
+        connection.data_received(GET * 3)
+        await turns()
+        assert (connection.transport.written, metrics.requests_in_flight) == (b"", 0)
+
+        for answered in (1, 2, 3):
+            connection.resume_writing()
+            if answered < 3:
+                connection.pause_writing()
+            await turns()
+            assert statuses(connection) == [b"204"] * answered
+            assert metrics.requests_in_flight == 0
+        assert connection.state is State.IDLE
+
+    async def test_a_response_in_parts_waits_without_a_place(self, connect: Connect) -> None:
+        blocked = asyncio.Event()
+
+        async def streams(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            connection.pause_writing()
+            blocked.set()
+            await send({"type": "http.response.body", "body": b"late"})
+
+        connection = connect(streams, tasks=True)
+        metrics = connection._gate.metrics
+        connection.data_received(GET + GET)
+        await blocked.wait()
+        assert (connection.state, metrics.requests_in_flight) == (State.SENDING, 0)
+        assert b"late" not in connection.transport.written
+
+        connection.resume_writing()
+        blocked.clear()
+        await blocked.wait()
+
+        assert b"late" in connection.transport.written
+        assert (connection.state, metrics.requests_in_flight) == (State.SENDING, 0)
+        connection.connection_lost(None)
+        await turns()
+        assert metrics.requests_in_flight == 0
+
+    async def test_a_client_must_read_fast_enough(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        aborted = []
+        unsent = 1_000_000
+        monkeypatch.setattr("app.server.protocol.unsent_bytes", lambda _: unsent)
+        connection = connect(responds_whole, tasks=False)
+        monkeypatch.setattr(connection.transport, "abort", lambda: aborted.append(unsent))
+        connection.pause_writing()
+        enough = int(MIN_READ_BYTES_PER_SEC * connection._gate.request_timeout_secs)
+
+        unsent -= enough
+        connection.on_deadline()
+        assert aborted == []
+        unsent -= enough - 1
+        connection.on_deadline()
+
+        assert aborted == [unsent]
 
 
 def statuses(connection: LimitedProtocol) -> list[bytes]:
@@ -263,8 +338,8 @@ class TestShedding:
         await turns()
 
         assert statuses(connection) == [b"503"]
-        assert connection._serving is not None
-        assert connection._serving.body == b""
+        assert connection._current is not None
+        assert connection._current.body == b""
 
     async def test_a_client_that_does_not_read_is_not_answered_without_end(
         self, connect: Connect, monkeypatch: pytest.MonkeyPatch
@@ -274,8 +349,8 @@ class TestShedding:
 
         def pausing(data: bytes) -> None:
             write(data)
-            if len(connection.transport.written) > 65_536:
-                connection.flow.pause_writing()
+            if len(connection.transport.written) > 65_536 and not connection.flow.write_paused:
+                connection.pause_writing()
 
         monkeypatch.setattr(connection.transport, "write", pausing)
         connection.data_received(GET * 10_000)
