@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     audit_log: str | None = None
     max_connections: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
     max_requests_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    max_queue_delay_secs: Annotated[float, Field(ge=0, le=60)] = 0.1
+    max_queue_delay_secs: Annotated[float, Field(ge=0, le=60)] = 0.15
     request_timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = 10
     keep_alive_secs: Annotated[float, Field(ge=0, le=86_400)] = 75
     public_url: str | None = None

@@ -2,7 +2,8 @@
 
 One server at a time is under load, on one core; the load generator has another. The
 contestants take turns in rounds, so that a slow minute of the machine affects all of them.
-Ratios are taken within a round, and their median is reported.
+Ratios are taken within a round, and their median is reported. Each table is printed as soon as
+it is complete, so that a run that is cut short keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from bench.durable import compare_stores, row_name, starting
 from bench.forms import compare_forms, table
 from bench.forms import required as required_of_forms
 from bench.load import CONNECTIONS, SERVER_CORE, WRK, Load, Target, pinned, press
-from bench.overload import IDLE_CONNECTIONS, Overload, beside_idle, overload
+from bench.overload import (
+    IDLE_CONNECTIONS,
+    WAITING_CLIENTS,
+    Overload,
+    beside_idle,
+    overload,
+    waiting_clients,
+    waiting_row,
+)
 from bench.report import Required, load_row, median, plot, ratio
 from bench.servers import BATCH_SIZE, batches, ours
 from bench.shared import CONNECTIONS as SHARED_CONNECTIONS
@@ -94,14 +103,16 @@ class Found(NamedTuple):
     sizes: dict[int, Load]
     parts: dict[str, float]
     overloaded: Overload
+    waiting: dict[int, list[Load]]
     idle: float
 
 
 def required(found: Found) -> list[Required]:
     """Return the targets with the measured values."""
-    turns, forms, stores, shared, sizes, parts, overloaded, idle = found
+    turns, forms, stores, shared, sizes, parts, overloaded, waiting, idle = found
     batch = turns[f"Arbiter, batches of {BATCH_SIZE}"]
     few, many = min(sizes), max(sizes)
+    least, most = min(WAITING_CLIENTS), max(WAITING_CLIENTS)
     return [
         *required_of_forms(forms),
         Required(
@@ -149,6 +160,11 @@ def required(found: Found) -> list[Required]:
             at_most=True,
         ),
         Required(
+            f"admitted with {most:,} waiting clients ÷ with {least:,}",
+            ratio(waiting[most], waiting[least]),
+            0.5,
+        ),
+        Required(
             f"p99 with {IDLE_CONNECTIONS} idle connections ÷ without",
             idle,
             1.3,
@@ -173,58 +189,84 @@ def machine() -> str:
     )
 
 
+def show(*lines: str) -> None:
+    """Print a table, at once."""
+    print(*lines, "", sep="\n", flush=True)
+
+
+def contestants_table(name: str, found: dict[str, list[Load]], *more: str) -> list[str]:
+    """Return the table of some contestants, the name of whose column is given."""
+    head = [f"| {name} | calls/s | spread | p99, ms |", "|---|---|---|---|"]
+    return head + [load_row(contestant, each) for contestant, each in found.items()] + [*more]
+
+
 def main() -> int:
     """Run every benchmark and print the results. Return 0 even if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="rougher, in under two minutes")
+    parser.add_argument("--quick", action="store_true", help="rougher, in about four minutes")
     quick = parser.parse_args().quick
-    rounds, secs = (2, 2.0) if quick else (5, 5.0)
+    rounds, secs = (2, 1.0) if quick else (5, 5.0)
     sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]
+    show(machine())
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
+
+        def turns_of(contestants: dict[str, Target]) -> dict[str, list[Load]]:
+            return take_turns(contestants, rounds, secs, scratch)
+
         print("contestants", file=sys.stderr)
         turns = compare(rounds, secs, scratch)
+        show(*contestants_table("contestant", turns))
         print("forms", file=sys.stderr)
-        forms = compare_forms(scratch, lambda c: take_turns(c, rounds, secs, scratch))
+        forms = compare_forms(scratch, turns_of)
+        show(table(forms))
         print("stores", file=sys.stderr)
-        stores = compare_stores(scratch, lambda c: take_turns(c, rounds, secs, scratch))
-        shared = compare_shared(scratch, lambda c: take_turns(c, rounds, secs, scratch))
+        stores = compare_stores(scratch, turns_of)
+        show(*contestants_table("store", stores))
+        shared = compare_shared(scratch, turns_of)
+        show(
+            *contestants_table(
+                f"shared, {SHARED_CONNECTIONS} connections",
+                shared.turns,
+                f"| redis-benchmark, the admission script | {shared.script_per_sec:,.0f} | | |",
+                f"| redis-benchmark, SET of the same size | {shared.set_per_sec:,.0f} | | |",
+            )
+        )
         start = starting(sizes[-1], scratch)
         print("live sessions", file=sys.stderr)
         by_size = grow(sizes, rounds, secs, scratch)
+        show(
+            "| live sessions | calls/s | p99, ms |\n|---|---|---|",
+            *(
+                f"| {size:,} | {x.per_sec:,.0f} | {x.p99_ms:.2f} |"
+                for size, x in by_size.items()
+            ),
+        )
         print("overload", file=sys.stderr)
-        overloaded = overload(scratch, secs if quick else OVERLOAD_SECS)
+        overloaded = overload(scratch, 2.0 if quick else OVERLOAD_SECS)
+        show(
+            "| offered | calls/s | admitted | p99, ms | refused | p99, ms |",
+            "|---|---|---|---|---|---|",
+            overloaded.capacity.row("capacity"),
+            overloaded.twice.row("twice the capacity"),
+        )
+        waiting = waiting_clients(scratch, rounds, secs)
+        show(
+            "| waiting clients | admitted/s | refused/s | p99, ms |\n|---|---|---|---|",
+            *(waiting_row(clients, loads) for clients, loads in waiting.items()),
+        )
         idle = beside_idle(scratch, rounds, secs)
     print("in process", file=sys.stderr)
     parts = in_process(sizes[-1])
-
-    print(f"{machine()}\n\n| contestant | calls/s | spread | p99, ms |\n|---|---|---|---|")
-    for contestant, found in turns.items():
-        print(load_row(contestant, found))
-    print(f"\n{table(forms)}")
-    print("\n| store | calls/s | spread | p99, ms |\n|---|---|---|---|")
-    for contestant, found in stores.items():
-        print(load_row(contestant, found))
-    print(f"\n| shared, {SHARED_CONNECTIONS} connections | calls/s | spread | p99, ms |")
-    print("|---|---|---|---|")
-    for contestant, found in shared.turns.items():
-        print(load_row(contestant, found))
-    print(f"| redis-benchmark, the admission script | {shared.script_per_sec:,.0f} | | |")
-    print(f"| redis-benchmark, SET of the same size | {shared.set_per_sec:,.0f} | | |")
-    print("\n| live sessions | calls/s | p99, ms |\n|---|---|---|")
-    for size, load in by_size.items():
-        print(f"| {size:,} | {load.per_sec:,.0f} | {load.p99_ms:.2f} |")
-    print("\n| offered | calls/s | admitted | p99, ms | refused | p99, ms |")
-    print("|---|---|---|---|---|---|")
-    print(overloaded.capacity.row("capacity"))
-    print(overloaded.twice.row("twice the capacity"))
-    print("\n| in process | |\n|---|---|")
-    for part, value in (parts | start).items():
-        print(f"| {part.replace('_', ' ')} | {value:,.3g} |")
-    print("\n| figure | found | target | |\n|---|---|---|---|")
-    measured = Found(turns, forms, stores, shared, by_size, parts, overloaded, idle)
-    for figure in required(measured):
-        print(figure.row())
+    show(
+        "| in process | |\n|---|---|",
+        *(f"| {part.replace('_', ' ')} | {x:,.3g} |" for part, x in (parts | start).items()),
+    )
+    measured = Found(turns, forms, stores, shared, by_size, parts, overloaded, waiting, idle)
+    show(
+        "| figure | found | target | |\n|---|---|---|---|",
+        *(figure.row() for figure in required(measured)),
+    )
     if not quick:
         plot(by_size, PLOT)
     return 0

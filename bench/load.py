@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -51,6 +52,7 @@ class Load(NamedTuple):
     p99_ms: float
     cpu_us: float = 0.0
     """Processor time of the server for each request; 0 if its process is not known."""
+    refused_per_sec: float = 0.0
 
 
 class Target(NamedTuple):
@@ -70,6 +72,8 @@ class Target(NamedTuple):
     """Whether each request has an idempotency key of its own."""
     denied: bool = False
     """Whether every response is expected to be a refusal."""
+    overloaded: bool = False
+    """Whether some responses may be refusals. Only the others count then."""
 
 
 def pinned(cores: str) -> list[str]:
@@ -95,7 +99,8 @@ def press(target: Target, secs: float, scratch: Path) -> Load:
     else:
         script = scratch / "load.lua"
         script.write_text(_LUA)
-        connections = ["-t1", f"-c{target.connections}", f"-d{secs:g}s", "--latency"]
+        # wrk takes whole seconds only.
+        connections = ["-t1", f"-c{target.connections}", f"-d{math.ceil(secs)}s", "--latency"]
         command = [WRK, *connections, "-s", str(script), url]
     output = subprocess.run(
         [*pinned(LOAD_CORE), *command],
@@ -105,7 +110,7 @@ def press(target: Target, secs: float, scratch: Path) -> Load:
         text=True,
         timeout=secs + 60,
     ).stdout
-    load, requests = _parse_own(output) if WRK is None else _parse_wrk(output, target)
+    load, requests = _parse_own(output, target) if WRK is None else _parse_wrk(output, target)
     return load._replace(cpu_us=(cpu_secs(target.pid) - before) / requests * 1e6)
 
 
@@ -118,21 +123,30 @@ def cpu_secs(pid: int) -> float:
 
 
 def _parse_wrk(output: str, target: Target) -> tuple[Load, int]:
-    if "Socket errors" in output or ("Non-2xx" in output) != target.denied:
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    if not target.overloaded and (
+        "Socket errors" in output or (refused is not None) != target.denied
+    ):
         raise RuntimeError(f"not every response to {target} was as expected:\n{output}")
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
     p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", output)
     requests = re.search(r"(\d+) requests in", output)
     if rate is None or p99 is None or requests is None:
         raise RuntimeError(f"unexpected output from wrk:\n{output}")
-    return Load(float(rate[1]), float(p99[1]) * _UNITS_MS[p99[2]]), int(requests[1])
+    per_sec, answered, shed = float(rate[1]), int(requests[1]), 0.0
+    if target.overloaded and refused is not None:
+        shed = per_sec * int(refused[1]) / answered
+    p99_ms = float(p99[1]) * _UNITS_MS[p99[2]]
+    return Load(per_sec - shed, p99_ms, refused_per_sec=shed), answered
 
 
-def _parse_own(output: str) -> tuple[Load, int]:
+def _parse_own(output: str, target: Target) -> tuple[Load, int]:
     found = json.loads(output)
-    if found["refused"]:
-        raise RuntimeError(f"{found['refused']} calls were not admitted")
-    return Load(found["per_sec"], found["p99_ms"]), found["requests"]
+    refused, answered = found["refused"], found["requests"]
+    if refused and not target.overloaded:
+        raise RuntimeError(f"{refused} calls were not admitted")
+    shed = found["per_sec"] * refused / answered
+    return Load(found["per_sec"] - shed, found["p99_ms"], refused_per_sec=shed), answered
 
 
 async def _connection(

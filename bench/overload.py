@@ -1,8 +1,9 @@
-"""More calls than the service can handle, and clients that only hold connections.
+"""More calls than the service can handle, many clients that wait for their answers, and clients
+that only hold connections.
 
-The calls come from an open-loop client: it sends at a fixed rate and does not wait for
-responses, so a slow server cannot slow it down. Latency counts from when a request was due, not
-from when it was sent. `python -m bench.overload PORT RATE SECS` prints the result.
+What is offered at a rate comes from an open-loop client: it sends at a fixed rate and does not
+wait for responses, so a slow server cannot slow it down. Latency counts from when a request was
+due, not from when it was sent. `python -m bench.overload PORT RATE SECS` prints the result.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import NamedTuple, cast
 import httpx
 import uvloop
 
-from bench.load import LOAD_CORE, Target, pinned, press
+from bench.load import LOAD_CORE, Load, Target, pinned, press
 from bench.servers import SESSION, ours
 
 TICK_SECS = 0.001
@@ -32,6 +33,8 @@ CONNECTIONS = 3072
 CAPACITY_CONNECTIONS = 256
 """For measuring the capacity: many, as offered, but few enough that none is refused."""
 IDLE_CONNECTIONS = 500
+WAITING_CLIENTS = (256, 1000, 3000)
+"""Numbers of clients that ask again as soon as they are answered."""
 
 
 class Offered(NamedTuple):
@@ -110,6 +113,27 @@ def _costly(plain: Target, scratch: Path) -> Target:
     paths.write_text(f"{made.headers['location']}/batch\n")
     names = [f"files.local.read_{number}" for number in range(64)]
     return plain._replace(paths=paths, body=json.dumps({"tool_names": names}))
+
+
+def waiting_clients(scratch: Path, rounds: int, secs: float) -> dict[int, list[Load]]:
+    """Load the service with plain calls by growing numbers of clients, in turns. Clients that
+    are refused ask again at once."""
+    found: dict[int, list[Load]] = {number: [] for number in WAITING_CLIENTS}
+    with ours(scratch) as target:
+        press(target, 1.0, scratch)
+        for _ in range(rounds):
+            for number, loads in found.items():
+                many = target._replace(connections=number, overloaded=True)
+                loads.append(press(many, secs, scratch))
+    return found
+
+
+def waiting_row(clients: int, rounds: list[Load]) -> str:
+    """Return a row of the table: medians."""
+    admitted = statistics.median(each.per_sec for each in rounds)
+    refused = statistics.median(each.refused_per_sec for each in rounds)
+    p99_ms = statistics.median(each.p99_ms for each in rounds)
+    return f"| {clients:,} | {admitted:,.0f} | {refused:,.0f} | {p99_ms:.1f} |"
 
 
 def beside_idle(scratch: Path, rounds: int, secs: float) -> float:

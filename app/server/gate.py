@@ -39,7 +39,7 @@ class Limits:
 
     connections: int = 4096
     requests_in_flight: int = 64
-    queue_delay_secs: float = 0.1
+    queue_delay_secs: float = 0.15
     request_timeout_secs: float = 10
     keep_alive_secs: float = 75
 

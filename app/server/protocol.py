@@ -417,7 +417,7 @@ class LimitedProtocol(asyncio.Protocol):
         return self._within_limit and self._gate.has_capacity(exchange.method)
 
     def _can_wait(self) -> bool:
-        return self._within_limit and self._gate.queue.has_room()
+        return self._within_limit and self._gate.queue.is_open
 
     def _shed(self, exchange: Exchange) -> bool:
         """Respond at once that the service is overloaded. Return False if the connection must

@@ -41,7 +41,6 @@ def queue(clock: Clock) -> RequestQueue[FakeWaiter]:
 def test_requests_take_their_turn_in_order(queue: RequestQueue[FakeWaiter]) -> None:
     waiters = [FakeWaiter() for _ in range(5000)]
     for each in waiters:
-        assert queue.has_room()
         queue.join(each)
 
     assert [queue.take() for _ in waiters] == waiters
@@ -64,30 +63,17 @@ def test_a_request_is_shed_when_it_has_waited_longer_than_the_delay(
     assert (early.is_shed, late.is_shed) == (True, False)
 
 
-def test_no_request_joins_when_the_oldest_has_waited_longer_than_the_delay(
+def test_others_may_wait_although_one_has_waited_too_long(
     queue: RequestQueue[FakeWaiter], clock: Clock
 ) -> None:
-    queue.join(FakeWaiter())
-    clock.now += DELAY
-    assert queue.has_room()
-
-    clock.now += 0.001
-
-    assert not queue.has_room()
-
-
-def test_after_a_late_request_none_joins_for_as_long_as_the_delay(
-    queue: RequestQueue[FakeWaiter], clock: Clock
-) -> None:
-    queue.join(FakeWaiter())
+    """To refuse them at once would make clients that ask again ask all the more often."""
+    overdue, waits = FakeWaiter(), FakeWaiter()
+    queue.join(overdue)
     clock.now += DELAY + 0.001
-    queue.shed_overdue()
-    clock.now += DELAY
-    assert not queue.has_room()
+    queue.join(waits)
 
-    clock.now += 0.001
-
-    assert queue.has_room()
+    assert queue.take() is waits
+    assert overdue.is_shed
 
 
 def test_clients_that_gave_up_are_passed_over(
@@ -100,10 +86,10 @@ def test_clients_that_gave_up_are_passed_over(
     gone.is_waiting = False
     clock.now += 0.001
 
-    assert queue.has_room()
     assert queue.take() is waits
     assert not gone.is_shed
 
 
 def test_without_a_delay_no_request_waits(clock: Clock) -> None:
-    assert not RequestQueue[FakeWaiter](0, clock).has_room()
+    assert not RequestQueue[FakeWaiter](0, clock).is_open
+    assert RequestQueue[FakeWaiter](DELAY, clock).is_open
