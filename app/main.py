@@ -172,18 +172,23 @@ def _check_lifespan() -> None:
         raise BadSettings("uvicorn cannot use --lifespan off: the lifespan opens the store")
 
 
-def __getattr__(name: str) -> Any:
-    """Create `app` on first use (PEP 562)."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def application() -> Dispatcher:
+    """Build the service that the environment describes, for servers that call a factory. Exits
+    with one sentence if the configuration cannot be used."""
     try:
         settings = load_settings()
         if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
             settings.check_workers()
         _check_lifespan()
-        made = create_app(settings)
+        return create_app(settings)
     except BadSettings as error:
         print(f"arbiter: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    globals()["app"] = made
+
+
+def __getattr__(name: str) -> Any:
+    """Create `app` on first use (PEP 562)."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = globals()["app"] = application()
     return made

@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     def check_workers(self) -> None:
         """Raise `BadSettings` if several processes cannot share the store."""
         if reason := self._one_process():
-            raise BadSettings(f"uvicorn cannot use --workers {reason}")
+            raise BadSettings(f"a server that starts worker processes cannot be used {reason}")
 
     def _one_process(self) -> str | None:
         scheme = scheme_of(self.store_url)

@@ -203,7 +203,7 @@ def contestants_table(name: str, found: dict[str, list[Load]], *more: str) -> li
 def main() -> int:
     """Run every benchmark and print the results. Return 0 even if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="rougher, in about four minutes")
+    parser.add_argument("--quick", action="store_true", help="rougher, in about three minutes")
     quick = parser.parse_args().quick
     rounds, secs = (2, 1.0) if quick else (5, 5.0)
     sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]

@@ -255,7 +255,7 @@ class TestCommands:
             served.terminate()
             served.communicate(timeout=60)
 
-        assert "cannot use --workers with the memory store" in said
+        assert "starts worker processes cannot be used with the memory store" in said
 
     def test_config_prints_every_setting_redacted(self) -> None:
         printed = run("config", ARBITER_API_KEYS=f"gate:proxy:{DIGEST}").stdout

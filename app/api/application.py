@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,13 @@ from app.api.gateways import GatewayOptions
 from app.api.problem_types import DENIALS
 from app.http.auth import Authenticator
 from app.http.dispatch import Dispatcher, StartSpan
-from app.http.problems import METHOD_NOT_ALLOWED, NOT_FOUND, Refused, refused_response
+from app.http.problems import (
+    METHOD_NOT_ALLOWED,
+    NOT_FOUND,
+    Occurrence,
+    Refused,
+    refused_response,
+)
 from app.http.route import to_starlette
 from app.observability.audit import Actor
 from app.observability.denials import Denials
@@ -69,14 +79,24 @@ class Services:
 
 def build_application(
     services: Services,
-    lifespan: Lifespan | None = None,
+    lifespan: Lifespan,
     tracing: TracerProvider | None = None,
 ) -> Dispatcher:
-    """Build the ASGI application."""
+    """Build the ASGI application. It serves while its lifespan runs."""
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        async with lifespan(app) as state:
+            dispatcher.started = True
+            try:
+                yield state
+            finally:
+                dispatcher.started = False
+
     app = FastAPIOffline(
         title="Arbiter",
         version=__version__,
-        lifespan=lifespan,
+        lifespan=running,
         redirect_slashes=False,
         redoc_url=None,
         telemetry={
@@ -101,13 +121,14 @@ def build_application(
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
-    return Dispatcher(
+    dispatcher = Dispatcher(
         app,
         [route for router in _ROUTERS for route in router.routes],
         services.authenticator,
         services.metrics.own.observe_request,
         None if tracing is None else _spans(tracing),
     )
+    return dispatcher
 
 
 def _spans(tracing: TracerProvider) -> StartSpan:
@@ -135,7 +156,8 @@ def _on_error(request: Request, error: Exception) -> Response:
             refused = Refused(METHOD_NOT_ALLOWED, headers=[(b"allow", allow)])
         case _:
             raise error
-    return to_starlette(refused_response(refused, request.state.request_id))
+    occurrence = Occurrence(request.state.request_id, request.scope.get("root_path", ""))
+    return to_starlette(refused_response(refused, occurrence))
 
 
 def _allowed_methods(request: Request) -> list[str]:

@@ -258,7 +258,7 @@ async def check_all(
         try:
             decision = await _evaluate(_validated(each), service, actor, None, dry_run=True)
         except Refused as error:
-            found.append(_denial(refused_response(error, request.request_id)))
+            found.append(_denial(refused_response(error, request)))
             permitted = False
         else:
             permitted = isinstance(decision, Admitted)
@@ -309,5 +309,5 @@ def _base(request: StrictRequest) -> str:
         return public_url
     match request.header_texts(b"host"):
         case [host] if _HOST.fullmatch(host):
-            return f"{request.scope['scheme']}://{host}{request.scope.get('root_path', '')}"
+            return f"{request.scope['scheme']}://{host}{request.root_path}"
     raise invalid_field("header", "Host", "must be one name or address", INVALID_CHECK)

@@ -216,7 +216,7 @@ def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
         elif denied.code is DenialCode.SESSION_EXPIRED:
             members["expires_at"] = expires_at = instant(session.terms.expires_at).decode()
             detail = f"The session's time limit passed at {expires_at}."
-    return problem_response(kind, request.request_id, detail, members, headers)
+    return problem_response(kind, request, detail, members, headers)
 
 
 _REPORTED_BY_RATE_HEADERS = (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
@@ -276,10 +276,10 @@ def _violation(violation: Violation) -> dict[str, Any]:
     return entry
 
 
-def created_response(admitted: Admitted) -> RawResponse:
+def created_response(admitted: Admitted, request: StrictRequest) -> RawResponse:
     """Return the response to a creation."""
-    location = b"/sessions/" + admitted.session.session_id.encode()
-    headers = [(b"location", location)]
+    location = f"{request.root_path}/sessions/{admitted.session.session_id}"
+    headers = [(b"location", location.encode())]
     if admitted.replayed:
         headers.append(REPLAYED)
     return json_response(201, encode_session(admitted.session), headers)

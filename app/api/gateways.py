@@ -155,7 +155,7 @@ def _headers(request: StrictRequest) -> dict[bytes, bytes]:
     """The headers that count. Two values, or a list of them, could mean one thing here and
     another one behind the gateway."""
     found: dict[bytes, bytes] = {}
-    for name, value in request.scope["headers"]:
+    for name, value in request.fields:
         if name in _READ:
             if name in found:
                 raise _invalid(name, "must be sent only once")
@@ -304,7 +304,7 @@ class GatewayHandler(Handler):
     async def respond(self, request: StrictRequest, receive: Receive) -> RawResponse:
         profile = _PROFILES.get(request.path_value.partition("/")[0])
         if profile is None:
-            return refused_response(Refused(NOT_FOUND), request.request_id)
+            return refused_response(Refused(NOT_FOUND), request)
         return profile(await super().respond(request, receive))
 
     @override

@@ -46,6 +46,7 @@ from app.http.problems import (
     UNAUTHENTICATED,
     UNSUPPORTED_MEDIA_TYPE,
     VALIDATION_FAILED,
+    Occurrence,
     ProblemType,
     problem_response,
 )
@@ -258,7 +259,7 @@ def _example(kind: ProblemType) -> dict[str, Any]:
     action = members.get("next_action")
     if members.get("violations") and action:
         members |= {"agent_message": AGENT_MESSAGES[action]}
-    response = problem_response(kind, "4f1d2c3b5a69-2a", None, members, [])
+    response = problem_response(kind, Occurrence("4f1d2c3b5a69-2a"), None, members, [])
     example: dict[str, Any] = json.loads(response.body)
     return example
 

@@ -189,9 +189,10 @@ async def update_replica(
 
 
 @router.get("/", include_in_schema=False, response_model=None, openapi_extra=PUBLIC)
-async def root() -> RawResponse:
+async def root(request: StrictRequest) -> RawResponse:
     """Redirect to the documentation, for people who open the address from the log."""
-    return RawResponse(307, [(b"location", b"/docs"), (b"content-length", b"0")])
+    location = f"{request.root_path}/docs".encode()
+    return RawResponse(307, [(b"location", location), (b"content-length", b"0")])
 
 
 @router.get(

@@ -104,7 +104,7 @@ async def create_session(
         raise grant_exceeds_key(error.limits) from None
     if isinstance(decision, Denied):
         return denied_response(decision, request)
-    return created_response(decision)
+    return created_response(decision, request)
 
 
 @router.get(

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
@@ -21,11 +22,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.http.auth import Authenticator
 from app.http.problems import (
+    INTERNAL_ERROR,
     MISDIRECTED_REQUEST,
     Failure,
+    Occurrence,
     Refused,
     Repeat,
     failed_response,
+    problem_response,
     refused_response,
 )
 from app.http.request import StrictRequest
@@ -45,6 +49,12 @@ _OPEN = "*"
 """Stands for the part of a path that a route leaves open."""
 _PARTS_OF_A_TREE = 3
 """Nothing, the first part of the path, and at least one more."""
+
+_NOT_STARTED = (
+    "The service has not been started: the server, or the application that it is mounted in, "
+    "must run its lifespan, which opens the store."
+)
+_NOTHING = {"outcome": "not_recorded"}
 
 ObserveRequest = Callable[[str, str, int, float], None]
 """Called with method, path template, status and duration in seconds."""
@@ -68,6 +78,9 @@ class Dispatcher:
         self._authenticator = authenticator
         self._observe = observe
         self._start_span = start_span
+        self.started = False
+        """Whether the lifespan runs, which opens the store. Without it every request is
+        refused."""
         self._services = framework.state.services
         self._handlers: dict[tuple[str, ...], Handler] = {}
         self._open_at: dict[int, list[int]] = {}
@@ -116,19 +129,27 @@ class Dispatcher:
             await self.framework(scope, receive, send)
             return
         started = time.perf_counter()
+        extension = scope.get("extensions", {}).get(WHOLE_RESPONSE)
+        if extension is None:
+            # Servers but ours leave white space at the end of values (RFC 9110, section 5.5).
+            fields = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
+            scope = {**scope, "headers": fields}
         request = StrictRequest(scope, "", self._services)
         request_id = request.request_id = choose_request_id(request.header_values(REQUEST_ID))
         method = scope["method"]
         served_as = "GET" if method == "HEAD" else method
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = scope["path"].removeprefix(request.root_path)
         handler, request.path_value = self._find(served_as, path)
-        if not (handler is not None and handler.any_host) and not self._authenticator.serves(
+        if not self.started:
+            response = problem_response(INTERNAL_ERROR, request, _NOT_STARTED, _NOTHING, [])
+            await _send(extension, send, response, request_id, is_head=method == "HEAD")
+        elif not (handler is not None and handler.any_host) and not self._authenticator.serves(
             request.header_values(b"host"), scope.get("server")
         ):
-            response = refused_response(Refused(MISDIRECTED_REQUEST), request_id)
-            await _send(scope, send, response, request_id, is_head=method == "HEAD")
+            response = refused_response(Refused(MISDIRECTED_REQUEST), request)
+            await _send(extension, send, response, request_id, is_head=method == "HEAD")
             self._observe(_label(method), UNMATCHED, response.status, _since(started))
-        elif handler is None or scope.get("root_path"):
+        elif handler is None:
             scope = {**scope, "method": served_as}
             scope["state"] = {**scope.get("state", {}), "request_id": request_id}
             status = await self._fall_through(scope, receive, send, is_head=method == "HEAD")
@@ -146,7 +167,7 @@ class Dispatcher:
             except ClientDisconnect:
                 return
             echoed_id = request.echoed_id or request_id
-            await _send(scope, send, response, echoed_id, is_head=method == "HEAD")
+            await _send(extension, send, response, echoed_id, is_head=method == "HEAD")
             label = _label(method) if handler.is_tree else method
             self._observe(label, handler.path, response.status, _since(started))
 
@@ -175,11 +196,14 @@ class Dispatcher:
             return 0
         except Failure as error:
             # Routes answer for themselves, so nothing was recorded.
-            response = failed_response(error, request_id, Repeat.READS)
+            response = failed_response(
+                error, Occurrence(request_id, scope.get("root_path", "")), Repeat.READS
+            )
             if status:
                 raise
             status = response.status
-            await _send(scope, send, response, request_id, is_head=is_head)
+            extension = scope.get("extensions", {}).get(WHOLE_RESPONSE)
+            await _send(extension, send, response, request_id, is_head=is_head)
         return status
 
 
@@ -189,12 +213,11 @@ def common_headers(request_id: str) -> Headers:
 
 
 async def _send(
-    scope: Scope, send: Send, response: RawResponse, request_id: str, *, is_head: bool
+    extension: Any, send: Send, response: RawResponse, request_id: str, *, is_head: bool
 ) -> None:
     if is_head:
         response = response._replace(body=b"")
     extra = common_headers(request_id)
-    extension = scope.get("extensions", {}).get(WHOLE_RESPONSE)
     if extension is not None and extension["respond"](response, extra):
         return
     headers = [*response.headers, *extra]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from enum import Enum, auto
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from pydantic_core import to_json
@@ -321,36 +321,51 @@ _TOOL_FIELDS = ("tool_name", "tool_names", "X-Arbiter-Tool", "X-Mcp-Toolname", "
 """Fields and headers whose value an agent can choose."""
 
 
+class Asked(Protocol):
+    """The request that a problem answers."""
+
+    @property
+    def request_id(self) -> str:
+        """The id that the response repeats, or a new one."""
+
+    @property
+    def root_path(self) -> str:
+        """Where this service is mounted: the `root_path` of the ASGI scope."""
+
+
+class Occurrence(NamedTuple):
+    """The request that a problem answers, where there is no more of it than this."""
+
+    request_id: str
+    root_path: str = ""
+
+
 Failure = (Exception, asyncio.CancelledError)
 """What ends a request without a response. Only the server cancels, when it stops and the time
 for requests in flight is over."""
 
 
-def failed_response(error: BaseException, request_id: str, repeat: Repeat) -> RawResponse:
+def failed_response(error: BaseException, asked: Asked, repeat: Repeat) -> RawResponse:
     """Return the response to a request that ended with `error`, a `Failure`. Defects are
     logged."""
     if isinstance(error, Refused):
-        return refused_response(error, request_id)
+        return refused_response(error, asked)
     if isinstance(error, InvalidField):
-        return refused_response(
-            invalid_field(error.location, error.field, str(error)), request_id
-        )
+        return refused_response(invalid_field(error.location, error.field, str(error)), asked)
     if isinstance(error, asyncio.CancelledError):
         error = ShuttingDown()
     if isinstance(error, TransientError) and (kind := _TRANSIENT.get(error.code)):
         detail = str(error) if kind is SESSION_LIMIT_REACHED else kind.detail
-        return _transient_response(
-            kind, detail, request_id, repeat, unknown=error.outcome_unknown
-        )
-    structlog.get_logger("arbiter").exception("request failed", request_id=request_id)
+        return _transient_response(kind, detail, asked, repeat, unknown=error.outcome_unknown)
+    structlog.get_logger("arbiter").exception("request failed", request_id=asked.request_id)
     members = {"outcome": "not_recorded" if repeat is Repeat.READS else "unknown"}
-    return problem_response(INTERNAL_ERROR, request_id, None, members, [])
+    return problem_response(INTERNAL_ERROR, asked, None, members, [])
 
 
 def _transient_response(
     kind: ProblemType,
     detail: str,
-    request_id: str,
+    asked: Asked,
     repeat: Repeat,
     *,
     unknown: bool,
@@ -370,20 +385,20 @@ def _transient_response(
             members["agent_message"] = (
                 "This call could not be checked, so it was not made; stop here."
             )
-    return problem_response(kind, request_id, detail, members, [])
+    return problem_response(kind, asked, detail, members, [])
 
 
-def refused_response(refused: Refused, request_id: str) -> RawResponse:
+def refused_response(refused: Refused, asked: Asked) -> RawResponse:
     """Return the response to a refused request."""
     kind, members = refused.kind, refused.members
     if kind.retryable:
         members = _NOT_RECORDED | members
-    return problem_response(kind, request_id, refused.detail, members, refused.headers)
+    return problem_response(kind, asked, refused.detail, members, refused.headers)
 
 
 def problem_response(
     kind: ProblemType,
-    request_id: str,
+    asked: Asked,
     detail: str | None,
     members: dict[str, Any],
     headers: Headers,
@@ -391,8 +406,9 @@ def problem_response(
     """Return the response for a problem. `members` are added to those of every problem, and
     `headers` to those of every problem response."""
     retryable = members.get("retryable", kind.retryable)
+    request_id = asked.request_id
     body = {
-        "type": kind.path,
+        "type": asked.root_path + kind.path,
         "title": kind.title,
         "status": kind.status,
         "code": kind.code,

@@ -68,9 +68,16 @@ class StrictRequest(Request):
         self.request_id = request_id
         self.services = services
         """What the application offers to its routes."""
-        self._fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
-        self._last = dict(self._fields)
-        self._is_repeated = len(self._last) != len(self._fields)
+        self.fields: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        """All header fields, their names in lower case."""
+        self._last = dict(self.fields)
+        self._is_repeated = len(self._last) != len(self.fields)
+
+    @property
+    def root_path(self) -> str:
+        """Where this service is mounted, without a slash at the end."""
+        found: str = self.scope.get("root_path", "")
+        return found
 
     @property
     def repeat(self) -> Repeat:
@@ -95,7 +102,7 @@ class StrictRequest(Request):
     def header_values(self, name: bytes) -> list[bytes]:
         """The values of all header fields with this name, which is in lower case."""
         if self._is_repeated:
-            return [value for each, value in self._fields if each == name]
+            return [value for each, value in self.fields if each == name]
         return [self._last[name]] if name in self._last else []
 
     def header_texts(self, name: bytes) -> list[str]:

@@ -140,7 +140,7 @@ class Handler:
                 request.services.report_refused(
                     error.kind.code, request.caller.name, request.request_id, _client(scope)
                 )
-            return failed_response(error, request.request_id, self.repeat(request))
+            return failed_response(error, request, self.repeat(request))
 
     def read_url(self, request: StrictRequest) -> None:
         """Check the spelling of the path, and read the query. Raises `Refused`."""

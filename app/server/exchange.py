@@ -93,7 +93,8 @@ class Exchange(RequestResponseCycle):
             raw_path, _, query = target.partition(b"?")
         else:
             url = httptools.parse_url(target)
-            raw_path, query = url.path, url.query or b""
+            # An absolute target may have no path (RFC 9112, section 3.2.1).
+            raw_path, query = url.path or b"/", url.query or b""
         path = raw_path.decode("ascii")
         self.scope = scope = connection.copy()
         scope["http_version"] = version

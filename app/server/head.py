@@ -14,7 +14,7 @@ MAX_BYTES = 16_384
 _FIELD_OVERHEAD = len(b": \r\n")
 _VERSIONS = frozenset({"1.0", "1.1"})
 # A host of any kind, and perhaps a port (RFC 9110, section 7.2).
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]+")
 _UPGRADE_FIELDS = frozenset({b"upgrade", b"http2-settings"})
 
 Fields = Sequence[tuple[bytes, bytes]]
@@ -44,12 +44,15 @@ def validate(fields: Fields, version: str) -> Refused | None:
     return None if version in _VERSIONS else _malformed("Send HTTP/1.1.")
 
 
-def validate_target(url: bytes, received: bytes) -> Refused | None:
+def validate_target(method: bytes, url: bytes, received: bytes) -> Refused | None:
     """Return why the request line is refused, or `None`. `received` holds at least the line.
 
-    The parser accepts both: a fragment, which never belongs in a request (RFC 9112, section
-    3.2), and RTSP, whose requests look like those of HTTP.
+    The parser accepts all of these: a fragment, which never belongs in a request (RFC 9112,
+    section 3.2); `*`, which only OPTIONS may ask for (section 3.2.4); and RTSP, whose requests
+    look like those of HTTP.
     """
+    if url == b"*" and method != b"OPTIONS":
+        return _malformed("The target * is for OPTIONS only; write a path.")
     if b"#" in url:
         return _malformed("The target has a fragment (#); leave it out.")
     if b"RTSP/" in received and re.search(re.escape(url) + rb" +RTSP/", received):

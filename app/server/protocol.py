@@ -70,7 +70,7 @@ from app.observability.metrics import Metrics
 from app.server import head
 from app.server.exchange import CLOSE, Exchange, encode_response
 from app.server.flow import unread_bytes, unsent_bytes
-from app.server.gate import HEALTH_PATHS, Gate
+from app.server.gate import HEALTH_PATHS, Gate, Limits
 from app.server.reader import RequestReader
 from app.server.refusals import LoadShedResponse, refusal
 from app.server.turn import Turn
@@ -157,6 +157,10 @@ class LimitedProtocol(asyncio.Protocol):
             },
         )
         self._access_log = logging.getLogger("uvicorn.access").hasHandlers()
+        if "gate" not in app_state:
+            # There was no lifespan. The application says so in its answers.
+            app_state["gate"] = Gate(Metrics(), Limits())
+            app_state["turn"] = Turn(self.loop, tasks=True)
         self._gate: Gate = app_state["gate"]
         self._turn: Turn = app_state["turn"]
         self._metrics: Metrics = self._gate.metrics
@@ -433,7 +437,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._answered = True
         self._metrics.refused[OVERLOADED.code] += 1
         response = _load_shed_response.answer(
-            exchange.fields, self.server_state.default_headers
+            exchange.fields, self._scope["root_path"], self.server_state.default_headers
         )
         if exchange.method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
@@ -576,7 +580,7 @@ class LimitedProtocol(asyncio.Protocol):
         if exchange is None:
             exchange = self._reader.exchange if self._reader.receiving else self._current
         headers = self.server_state.default_headers
-        self._write(refusal(refused, exchange, headers))
+        self._write(refusal(refused, exchange, self._scope["root_path"], headers))
         self._half_close()
 
     def _write(self, data: bytes) -> None:

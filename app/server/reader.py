@@ -24,6 +24,8 @@ MAX_MESSAGE_BYTES = 2 * MAX_BODY_BYTES
 # version would take longer.
 _RARE = frozenset({b"connection", b"transfer-encoding", b"expect", b"upgrade"})
 _FRAGMENT = ord("#")
+_NO_HOST = b" "
+"""Stands for no `Host` that has been checked. No field has this value."""
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
 
 
@@ -63,7 +65,7 @@ class RequestReader:
         self._connection = connection
         self._parser = self._new_parser()
         self._reason: Refused | None = None
-        self._valid_host = b""
+        self._valid_host = _NO_HOST
         self._piece = b""
         self._is_first = False
         """Whether the next message to begin is at the start of the piece."""
@@ -171,7 +173,8 @@ class RequestReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header field, or one of the trailers, which we do not use."""
         headers = self.exchange.headers
-        headers.append((name.lower(), value))
+        # The parser leaves white space at the end (RFC 9110, section 5.5).
+        headers.append((name.lower(), value.rstrip(b" \t")))
         if len(headers) > head.MAX_FIELDS:
             self.stop(Refused(HEADERS_TOO_LARGE))
 
@@ -201,6 +204,7 @@ class RequestReader:
             or not self._is_first
             or not self._piece.startswith(b" HTTP/", target_end)
             or _FRAGMENT in exchange.target
+            or exchange.target == b"*"
         ):
             self._check_target(exchange)
         self._is_first = False
@@ -242,7 +246,7 @@ class RequestReader:
         received = self._piece
         if exchange is self._late:
             received = self._earlier + received
-        refused = head.validate_target(exchange.target, received)
+        refused = head.validate_target(exchange.method, exchange.target, received)
         if refused is not None:
             self.stop(refused)
 
@@ -252,7 +256,7 @@ class RequestReader:
         refused = head.validate(exchange.headers, version)
         if refused is not None:
             self.stop(refused)
-        self._valid_host = fields.get(b"host", b"")
+        self._valid_host = fields.get(b"host", _NO_HOST)
         if b"transfer-encoding" in fields:
             self._chunked_bytes = 0
         # HTTP/1.0 has no 100 Continue (RFC 9110, section 10.1.1).

@@ -19,11 +19,13 @@ from uvicorn.server import ServerState
 
 from app.http.dispatch import WHOLE_RESPONSE
 from app.http.response import RawResponse
+from app.main import create_app
 from app.observability.metrics import Metrics
 from app.server.gate import Gate, Limits
 from app.server.protocol import MIN_READ_BYTES_PER_SEC, LimitedProtocol, State
 from app.server.queue import RequestQueue
 from app.server.turn import Turn
+from app.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -251,6 +253,19 @@ async def test_an_idle_connection_keeps_no_body(connect: Connect) -> None:
     assert kept is not None
     assert kept.body == b""
     assert sys.getrefcount(kept) == 4, "the connection, its reader, the local name, the call"
+
+
+async def test_without_a_lifespan_every_request_is_told_so() -> None:
+    app = create_app(Settings(_env_file=None, log_format="json"))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    with closing(socket.socket(socket.AF_UNIX)) as unconnected:
+        connection = LimitedProtocol(config, ServerState(), {})
+        connection.connection_made(FakeTransport(unconnected))
+        connection.data_received(GET)
+        await turns()
+
+    assert statuses(connection) == [b"500"]
+    assert b"must run its lifespan" in connection.transport.written
 
 
 class TestSlowReaders:
