@@ -63,6 +63,7 @@ class Settings(BaseSettings):
         default_factory=lambda: "console" if sys.stderr.isatty() else "json"
     )
     workers: Annotated[int, Field(ge=1, le=256)] = 1
+    start_timeout_secs: Annotated[float, Field(ge=1, le=3600)] = 60
     metrics_dir: DirectoryPath | None = None
     audit_log: str | None = None
     max_connections: Annotated[int, Field(ge=1, le=10_000_000)] = 4096

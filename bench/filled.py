@@ -11,7 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
-from app.__main__ import server_config
+from app.cli import server_config
 from app.domain.admission import Admitted
 from app.domain.session import Grant
 from app.domain.tools import AllowList

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -35,15 +37,42 @@ class DrainingServer(uvicorn.Server):
     uvicorn closes the listening socket at once, which resets the connections in its backlog.
     Here they are accepted first, while the system holds new connections back. Their clients
     are refused before they have sent anything.
+
+    Workers share the socket. So it is held back only if `service_stops`: a worker that stops
+    alone leaves its connections to the others.
     """
+
+    def __init__(
+        self, config: uvicorn.Config, service_stops: Callable[[], bool] = lambda: True
+    ) -> None:
+        super().__init__(config)
+        self._service_stops = service_stops
+        self._is_starting = False
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._is_starting = True
+        await super().startup(sockets)
+        self._is_starting = False
+
+    @override
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._is_starting:
+            # The store may take its time, even in a thread, which cannot be cancelled. Nothing
+            # has been served yet, so there is nothing to finish.
+            get_logger().info("stopped before it had started")
+            sys.stderr.flush()
+            os._exit(0)
+        super().handle_exit(sig, frame)
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for each in sockets or []:
-            hold_back_connections(each)
-        # The event loop accepts one connection a turn.
-        for _ in range(self.config.backlog + 1):
-            await asyncio.sleep(0)
+        if self._service_stops():
+            for each in sockets or []:
+                hold_back_connections(each)
+            # The event loop accepts one connection a turn.
+            for _ in range(self.config.backlog + 1):
+                await asyncio.sleep(0)
         await super().shutdown(sockets)
 
 

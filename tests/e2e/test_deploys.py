@@ -86,11 +86,14 @@ def reconnect_until_refused(service: Service, served: list[int], lost: list[str]
             lost.append(repr(received))
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_clients_that_reconnect_during_a_stop_lose_no_request(
-    start_service: StartService,
+    start_service: StartService, server: engines.Server, workers: str
 ) -> None:
     for _ in range(5):
-        service = start_service()
+        service = start_service(
+            ARBITER_STORE_URL=server.url + PATIENTLY, ARBITER_WORKERS=workers
+        )
         served: list[int] = []
         lost: list[str] = []
         clients = [

@@ -108,7 +108,7 @@ def test_targets_and_hosts_mean_one_thing() -> None:
 
 def test_refusals_of_the_server_have_the_path_prefix(free_port: int) -> None:
     program = (
-        "import uvicorn; from app.main import app; from app.__main__ import server_config;"
+        "import uvicorn; from app.main import app; from app.cli import server_config;"
         "from app.settings import load_settings;"
         "config = server_config(app, load_settings()); config.root_path = '/team';"
         f"config.port = {free_port}; uvicorn.Server(config).run()"
