@@ -23,7 +23,7 @@ from app.api.problem_types import PROBLEM_TYPES
 from app.api.schemas import canonical_uuid
 from app.domain.errors import StoreUnusable
 from app.http.auth import Scope, new_key
-from app.main import create_app
+from app.main import IGNORED, create_app
 from app.observability.audit import STDOUT
 from app.observability.audit_search import (
     AuditSearch,
@@ -32,7 +32,7 @@ from app.observability.audit_search import (
     parse_time,
     rotations,
 )
-from app.observability.logs import configure_logs
+from app.observability.logs import configure_logs, get_logger
 from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
 from app.server.supervisor import Supervisor
@@ -51,10 +51,11 @@ _T = TypeVar("_T")
 def run(program: str, arguments: Sequence[str] | None = None) -> int:
     """Run a command of `program`, which is what the user typed, and return its exit code, which
     is 2 if the configuration or the command line is unusable."""
-    chosen, unknown = _parser(program).parse_known_args(arguments)
-    if unknown:
-        print(_unknown(unknown[0]), file=sys.stderr)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if (setting := _setting_among(arguments)) is not None:
+        print(f"arbiter: {setting}", file=sys.stderr)
         return 2
+    chosen = _parser(program).parse_args(arguments)
     if chosen.run is not _serve:
         # Only the service handles it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
@@ -71,13 +72,16 @@ def run(program: str, arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _unknown(argument: str) -> str:
-    """What to say about an argument that no command has. Its value may be a secret."""
-    option = argument.partition("=")[0]
-    name = PREFIX + option.removeprefix("--").replace("-", "_").upper()
-    if option.startswith("--") and name.removeprefix(PREFIX).lower() in Settings.model_fields:
-        return f"arbiter: there is no option {option}; set the variable {name} instead"
-    return "arbiter: the command line has an argument that is not known; try arbiter --help"
+def _setting_among(arguments: Sequence[str]) -> str | None:
+    """What to say about an option that is a setting. Other programs have options for these."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        name = option.removeprefix("--").replace("-", "_").lower()
+        if option.startswith("--") and name in Settings.model_fields:
+            return (
+                f"there is no option {option}; set the variable {PREFIX}{name.upper()} instead"
+            )
+    return None
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -211,6 +215,8 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
         os.environ["ARBITER_PORT"] = str(settings.port)
         os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
         configure_logs(settings.log_format, settings.log_level)
+        if settings.ignored:
+            get_logger().info(IGNORED, names=settings.ignored)
         config = server_config("app.main:app", settings)
         supervisor = Supervisor(config, [listening], settings.start_timeout_secs)
         # It has handlers now.

@@ -11,7 +11,9 @@ Blank lines, and lines that start with `#`, are skipped.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import stat
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,9 @@ POLL_EVERY_SECS = 2.0
 """A change is read at the second poll that sees it, so within 5 s: a file that is still being
 written is left alone."""
 
+MAX_BYTES = 4 * 1024 * 1024
+"""Of the file: about 40,000 keys."""
+
 _NUMBER = re.compile(r"[0-9]{1,10}")
 _ENTRY = re.compile(TOOL_ENTRY_PATTERN)
 
@@ -39,7 +44,7 @@ def read_keys(path: Path, others: Iterable[ApiKey]) -> tuple[ApiKey, ...]:
     """Return `others` and the keys in the file. Raises `BadKeyFile`, also if there would be
     no keys at all."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read(path).decode("utf-8")
     except OSError as error:
         raise BadKeyFile(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -55,6 +60,18 @@ def read_keys(path: Path, others: Iterable[ApiKey]) -> tuple[ApiKey, ...]:
     if not ring.by_name:
         raise BadKeyFile(f"{path} has no API keys")
     return ring.keys
+
+
+def _read(path: Path) -> bytes:
+    """Return the bytes of the file. Raises `BadKeyFile` and `OSError`."""
+    # Opening a FIFO would otherwise wait for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BadKeyFile(f"{path} is not a regular file")
+        found = file.read(MAX_BYTES + 1)
+    if len(found) > MAX_BYTES:
+        raise BadKeyFile(f"{path} is larger than {MAX_BYTES} bytes")
+    return found
 
 
 def _parse(line: str) -> ApiKey:
@@ -133,26 +150,36 @@ class KeyFile:
         self._sleep = sleep
         # Before the file is read, at the start as later: a change in between is noticed.
         self._used = self._seen = _stamp(path)
+        self._one_at_a_time = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
 
-    def reload(self, authenticator: Authenticator) -> None:
-        """Read the file now."""
-        self._used = self._seen = _stamp(self._path)
-        try:
-            keys = read_keys(self._path, self._others)
-        except BadKeyFile as error:
-            get_logger().error("API keys not reloaded", reason=str(error))
-            return
-        authenticator.replace_keys(keys)
-        get_logger().info("API keys reloaded", keys=len(keys))
+    def reload_soon(self, authenticator: Authenticator) -> None:
+        """Start to read the file."""
+        task = asyncio.get_running_loop().create_task(self.reload(authenticator))
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
-    def poll(self, authenticator: Authenticator) -> None:
+    async def reload(self, authenticator: Authenticator) -> None:
+        """Read the file now, in a thread: a disk can take its time."""
+        async with self._one_at_a_time:
+            self._used = self._seen = await asyncio.to_thread(_stamp, self._path)
+            try:
+                keys = await asyncio.to_thread(read_keys, self._path, self._others)
+            except BadKeyFile as error:
+                get_logger().error("API keys not reloaded", reason=str(error))
+                return
+            authenticator.replace_keys(keys)
+            get_logger().info("API keys reloaded", keys=len(keys))
+
+    async def poll(self, authenticator: Authenticator) -> None:
         """Read the file if it has changed since it was read, but not since the last poll."""
-        seen_before, self._seen = self._seen, _stamp(self._path)
+        seen_before = self._seen
+        self._seen = await asyncio.to_thread(_stamp, self._path)
         if self._seen != self._used and self._seen == seen_before:
-            self.reload(authenticator)
+            await self.reload(authenticator)
 
     async def run(self, authenticator: Authenticator) -> None:
         """Poll until cancelled."""
         while True:
             await self._sleep(POLL_EVERY_SECS)
-            self.poll(authenticator)
+            await self.poll(authenticator)

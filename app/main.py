@@ -33,7 +33,12 @@ from app.observability.events import Events
 from app.observability.logs import configure_logs, get_logger
 from app.observability.loop_lag import watch_loop_lag
 from app.observability.metrics import Metrics
-from app.observability.tracing import add_trace_ids, open_tracing, tracing_enabled
+from app.observability.tracing import (
+    add_trace_ids,
+    close_tracing,
+    open_tracing,
+    tracing_enabled,
+)
 from app.observability.workers import SharedMetrics
 from app.replica import Replica
 from app.server.drain import Drain
@@ -46,20 +51,15 @@ from app.store import open_store
 from app.store.contract import SessionStore, StoreLimits
 from app.sweeper import Sweeper
 
+IGNORED = "variables of a Kubernetes Service ignored"
+
 
 def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatcher:
     """Build the service that `settings` describe, over `store` if given. The application opens
     the store when it starts and closes it when it stops."""
-    more = [add_trace_ids] if tracing_enabled() else []
-    configure_logs(settings.log_format, settings.log_level, *more)
+    _configure_logs(settings)
     tracing = open_tracing()
-    store_limits = StoreLimits(
-        retention_secs=settings.retention_secs,
-        max_sessions=settings.max_sessions,
-        max_active_sessions_per_agent=settings.max_active_sessions_per_agent,
-        max_remembered_calls=settings.max_remembered_calls,
-    )
-    store = store or open_store(settings.store_url, store_limits)
+    store = store or open_store(settings.store_url, _store_limits(settings))
     metrics = Metrics()
     shared_metrics = SharedMetrics(metrics, settings.metrics_dir)
     audit = AuditLog(settings.audit_log, metrics) if settings.audit_log else None
@@ -73,27 +73,17 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     authenticator = Authenticator(
         settings.load_keys(), allow_unauthenticated=settings.allow_unauthenticated
     )
-    sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
     service = SessionService(store, events, settings.max_time_limit_secs)
-    started_at = time.time_ns() // 1000
-    replica = Replica(service, events, redact_url(settings.store_url), started_at)
-    limits = Limits(
-        connections=settings.max_connections,
-        requests_in_flight=settings.max_requests_in_flight,
-        queue_delay_secs=settings.max_queue_delay_secs,
-        request_timeout_secs=settings.request_timeout_secs,
-        keep_alive_secs=settings.keep_alive_secs,
-    )
-
+    store_url = redact_url(settings.store_url)
+    replica = Replica(service, events, store_url, started_at=time.time_ns() // 1000)
     reloads: list[Callable[[], None]] = [partial(_reload_log_level, events)]
     if audit is not None:
         reloads.append(audit.reopen)
     if key_file is not None:
-        reloads.append(partial(key_file.reload, authenticator))
+        reloads.append(partial(key_file.reload_soon, authenticator))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        log = get_logger()
         async with AsyncExitStack() as stack:
             stack.enter_context(handle_sighup(*reloads))
             with _explaining_failure():
@@ -102,20 +92,23 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
                 if audit is not None:
                     audit.open()
                     stack.push_async_callback(audit.aclose)
-            log.info(
+            if tracing is not None:
+                stack.push_async_callback(close_tracing, tracing)
+            get_logger().info(
                 "starting",
                 address=f"http://{_bracketed(settings.host)}:{settings.port}",
-                store=redact_url(settings.store_url),
+                store=store_url,
                 authentication="on" if authenticator.enabled else "off",
                 version=__version__,
             )
             events.started()
             stack.callback(events.stopped)
-            gate = Gate(metrics, limits)
+            gate = Gate(metrics, _limits(settings))
             turn = Turn(asyncio.get_running_loop(), tasks=store.waits)
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.handle_sigterm())
+            sweeper = Sweeper(store, events, settings.cleanup_interval_secs)
             works = [sweeper.run(), shared_metrics.run(), gate.run(), watch_loop_lag(metrics)]
             if key_file is not None:
                 works.append(key_file.run(authenticator))
@@ -130,6 +123,32 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
         service, authenticator, shared_metrics, events, denials, replica, gateways
     )
     return build_application(services, lifespan, tracing)
+
+
+def _configure_logs(settings: Settings) -> None:
+    more = [add_trace_ids] if tracing_enabled() else []
+    configure_logs(settings.log_format, settings.log_level, *more)
+    if settings.ignored:
+        get_logger().info(IGNORED, names=settings.ignored)
+
+
+def _store_limits(settings: Settings) -> StoreLimits:
+    return StoreLimits(
+        retention_secs=settings.retention_secs,
+        max_sessions=settings.max_sessions,
+        max_active_sessions_per_agent=settings.max_active_sessions_per_agent,
+        max_remembered_calls=settings.max_remembered_calls,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        connections=settings.max_connections,
+        requests_in_flight=settings.max_requests_in_flight,
+        queue_delay_secs=settings.max_queue_delay_secs,
+        request_timeout_secs=settings.request_timeout_secs,
+        keep_alive_secs=settings.keep_alive_secs,
+    )
 
 
 @contextmanager

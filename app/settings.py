@@ -17,7 +17,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 from annotated_types import Ge, Le
 from dotenv.parser import parse_stream
-from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    DirectoryPath,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -33,6 +40,14 @@ TEN_YEARS_SECS = 10 * 366 * 86_400
 REDACTED = "***"
 _BASE_URL = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+(?:/[A-Za-z0-9._~/-]*)?")
 _METHOD = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+_KUBERNETES = re.compile(
+    r"ARBITER(_[A-Z0-9_]+)?_"
+    r"(SERVICE_HOST=[0-9a-fA-F.:]+"
+    r"|SERVICE_PORT(_[A-Z0-9_]+)?=\d+"
+    r"|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://\S+"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO=(tcp|udp|sctp)|PORT=\d+|ADDR=[0-9a-fA-F.:]+))"
+)
+"""What Kubernetes sets in every pod beside a Service whose name begins with `arbiter`."""
 
 
 class BadSettings(Exception):
@@ -75,6 +90,22 @@ class Settings(BaseSettings):
     authz_free_methods: Annotated[tuple[str, ...], NoDecode] = ()
     shutdown_delay_secs: Annotated[float, Field(ge=0, le=3600)] = 0
     shutdown_grace_secs: Annotated[int, Field(ge=0, le=3600)] = 20
+
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Variables of the environment that belong to a Kubernetes Service."""
+        return self._ignored
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_line_end(cls, values: Any) -> Any:
+        # A secret that was saved by an editor ends in a line feed.
+        return {
+            name: value.rstrip("\r\n") if isinstance(value, str) else value
+            for name, value in values.items()
+        }
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -197,11 +228,19 @@ def redact_url(url: str) -> str:
 
 def load_settings() -> Settings:
     """Read the settings of this process. Raises `BadSettings`."""
+    ignored = sorted(
+        name for name, value in os.environ.items() if _KUBERNETES.fullmatch(f"{name}={value}")
+    )
+    for name in ignored:
+        # Workers inherit the environment.
+        del os.environ[name]
     _refuse_unknown([*os.environ, *_names_in(Path(".env"))])
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(each) for each in error.errors())) from None
+    settings.ignored.extend(ignored)
+    return settings
 
 
 def _names_in(env_file: Path) -> list[str]:
@@ -219,7 +258,11 @@ def _names_in(env_file: Path) -> list[str]:
     for each in bindings:
         if each.error or (each.key is not None and each.value is None):
             raise BadSettings(f"{env_file}, line {each.original.line}: write NAME=value")
-    return [each.key for each in bindings if each.key is not None]
+    names = [each.key for each in bindings if each.key is not None]
+    for name in names:
+        if name.upper().startswith(PREFIX) and names.count(name) > 1:
+            raise BadSettings(f"{env_file} sets {name} twice; leave one of the lines")
+    return names
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:

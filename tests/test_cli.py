@@ -58,3 +58,44 @@ def test_a_service_without_keys_says_how_to_make_one() -> None:
     assert ended.stderr.count("\n") == 1
     for command in ("with: arbiter keys new ", "docker run --rm arbiter keys new "):
         assert f"{command}--name NAME --scope SCOPE" in ended.stderr
+
+
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, *BOTH_WAYS["arbiter"], "openapi"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"{"
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    process.stderr.close()
+
+    assert (process.wait(timeout=60), said) == (0, b"")
+
+
+def test_an_option_that_is_a_setting_is_named() -> None:
+    ended = run("arbiter", "--port", "8001")
+
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "arbiter: there is no option --port; set the variable ARBITER_PORT instead\n"
+    )
+
+
+def test_a_bad_name_of_a_key_is_what_is_wrong() -> None:
+    ended = run("arbiter", "keys", "new", "--name", "a:b", "--scope", "proxy")
+
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "arbiter: an API key's name must be 1 to 64 characters A-Z a-z 0-9 _ -\n"
+    )
+
+
+def test_an_engine_that_is_not_there_says_what_to_do() -> None:
+    ended = run("arbiter", ARBITER_STORE_URL="redis://127.0.0.1:1", ARBITER_PORT="0")
+
+    assert "there is no connection to it; start the engine, or correct" in ended.stderr

@@ -13,7 +13,7 @@ from app.domain.ceilings import Ceilings
 from app.domain.session import DataSensitivity
 from app.domain.tools import AllowList
 from app.http.auth import ApiKey, Authenticator, Scope, Unauthenticated, new_key
-from app.key_file import POLL_EVERY_SECS, BadKeyFile, KeyFile, read_keys
+from app.key_file import MAX_BYTES, POLL_EVERY_SECS, BadKeyFile, KeyFile, read_keys
 
 A, B, C = (digit * 64 for digit in "abc")
 OLD, OLD_TOKEN = new_key("gate", Scope.PROXY)
@@ -129,11 +129,13 @@ def test_a_mistake_is_named_with_its_line_and_not_repeated(
     [
         (lambda file: None, "No such file"),
         (lambda file: file.mkdir(), "Is a directory"),
+        (os.mkfifo, "is not a regular file"),
+        (lambda file: file.write_bytes(b"#" * (MAX_BYTES + 1)), "is larger than"),
         (lambda file: file.write_bytes(b"\xff"), "not UTF-8"),
         (lambda file: file.write_bytes(b""), "has no API keys"),
         (lambda file: file.write_bytes(b"# nothing\n"), "has no API keys"),
     ],
-    ids=["absent", "a folder", "not text", "empty", "comments only"],
+    ids=["absent", "a folder", "a FIFO", "too large", "not text", "empty", "comments only"],
 )
 def test_a_file_that_gives_no_keys_is_refused(
     file: Path, make: Callable[[Path], object], says: str
@@ -169,7 +171,7 @@ class Watched:
             asyncio.run(self._file.run(self._authenticator))
 
     def reload(self) -> None:
-        self._file.reload(self._authenticator)
+        asyncio.run(self._file.reload(self._authenticator))
 
     def replace(self, text: str) -> None:
         new = self.path.with_suffix(".new")
@@ -306,7 +308,7 @@ def test_the_service_is_never_left_open(file: Path, errors: list[str]) -> None:
     key_file = KeyFile(file, ())
     for text in ("", "# none\n"):
         file.write_text(text)
-        key_file.reload(authenticator)
+        asyncio.run(key_file.reload(authenticator))
 
     assert authenticator.enabled
     assert all("has no API keys" in each for each in errors)

@@ -30,6 +30,71 @@ def refused(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     return str(refusal.value)
 
 
+KUBERNETES = {
+    "ARBITER_SERVICE_HOST": "10.96.7.1",
+    "ARBITER_SERVICE_PORT": "8000",
+    "ARBITER_SERVICE_PORT_HTTP": "8000",
+    "ARBITER_PORT": "tcp://10.96.7.1:8000",
+    "ARBITER_PORT_8000_TCP": "tcp://10.96.7.1:8000",
+    "ARBITER_PORT_8000_TCP_PROTO": "tcp",
+    "ARBITER_PORT_8000_TCP_PORT": "8000",
+    "ARBITER_PORT_8000_TCP_ADDR": "10.96.7.1",
+    "ARBITER_REPLICAS_SERVICE_HOST": "fd00::1",
+}
+"""What a pod finds beside Services named arbiter and arbiter-replicas."""
+
+
+def test_variables_of_a_kubernetes_service_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+
+    chosen = load_settings()
+
+    assert chosen.port == 8000
+    assert chosen.ignored == sorted(KUBERNETES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ARBITER_SERVICE_HOST", "example.org"),
+        ("ARBITER_SERVICE_PORT", "http"),
+        ("ARBITER_PORT", "http://10.96.7.1:8000"),
+        ("ARBITER_PORT_8000_TCP", "8000"),
+        ("ARBITER_PORT_HTTP", "8000"),
+    ],
+)
+def test_what_only_looks_like_them_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    assert name in refused(monkeypatch, **{name: value})
+
+
+def test_a_value_may_end_in_a_line_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "ARBITER_PORT": "8001\n",
+        "ARBITER_HOST": "127.0.0.2\r\n",
+        "ARBITER_API_KEYS": f"gate:proxy:{DIGEST}\n",
+        "ARBITER_STORE_URL": "redis://:secret@localhost\n",
+        "ARBITER_LOG_LEVEL": "debug\n",
+        "ARBITER_AUDIT_LOG": "stdout\n",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    chosen = load_settings()
+
+    assert (chosen.port, chosen.host, chosen.log_level) == (8001, "127.0.0.2", "debug")
+    assert chosen.api_keys[0].digest == DIGEST
+    assert (chosen.store_url, chosen.audit_log) == ("redis://:secret@localhost", "stdout")
+
+
+def test_a_variable_may_stand_in_env_once() -> None:
+    Path(".env").write_text("ARBITER_PORT=1\nPATH=a\nPATH=b\nARBITER_PORT=2\n")
+
+    with pytest.raises(BadSettings, match="sets ARBITER_PORT twice"):
+        load_settings()
+
+
 def test_the_defaults_are_as_documented() -> None:
     chosen = load_settings()
 
@@ -56,6 +121,8 @@ def test_the_defaults_are_as_documented() -> None:
         ({"ARBITER_LOG_LEVEL": "loud"}, "ARBITER_LOG_LEVEL: "),
         ({"ARBITER_STORE_URL": "mongo://x"}, "use one of: memory://"),
         ({"ARBITER_STORE_URL": "memory://x"}, "write memory://"),
+        ({"ARBITER_STORE_URL": "redis:localhost"}, "write // after the scheme"),
+        ({"ARBITER_STORE_URL": "sqlite:///sessions.db"}, "means the file /sessions.db; write"),
         ({"ARBITER_API_KEYS": "gate:proxy:nope"}, "ARBITER_API_KEYS: "),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:proxy:{DIGEST}"}, "there twice"),
         ({"ARBITER_API_KEYS": f"a:proxy:{DIGEST},a:admin:{OTHER_DIGEST}"}, "same scope"),
@@ -82,6 +149,7 @@ NUMBERS = {
     "ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT": (0, 1_000_000),
     "ARBITER_MAX_SESSIONS": (1, 100_000_000),
     "ARBITER_WORKERS": (1, 256),
+    "ARBITER_START_TIMEOUT_SECS": (1, 3600),
     "ARBITER_MAX_CONNECTIONS": (1, 10_000_000),
     "ARBITER_MAX_REQUESTS_IN_FLIGHT": (1, 1_000_000),
     "ARBITER_MAX_REMEMBERED_CALLS": (1, 1_000_000_000),

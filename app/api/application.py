@@ -102,7 +102,7 @@ def build_application(
         telemetry={
             "tracer_provider": tracing,
             "tracing": tracing is not None,
-            "auto_configure": tracing is not None,
+            "auto_configure": False,
             # Prometheus has the metrics, and the log has the errors.
             "metrics": False,
             "logs": False,

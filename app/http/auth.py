@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_WRONG_NAME = "an API key's name must be 1 to 64 characters A-Z a-z 0-9 _ -"
 _LOOPBACK_HOST = re.compile(rb"(?i:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{1,5})?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PROVEN = 1024
@@ -64,7 +65,7 @@ class ApiKey:
         except ValueError:
             raise ValueError("an API key must be written <name>:<scope>:<sha256 hex>") from None
         if not _NAME.fullmatch(name):
-            raise ValueError("an API key's name must be 1 to 64 characters A-Z a-z 0-9 _ -")
+            raise ValueError(_WRONG_NAME)
         if scope not in list(Scope):
             raise ValueError(f"an API key's scope must be one of {', '.join(Scope)}")
         if not _DIGEST.fullmatch(digest):
@@ -106,6 +107,8 @@ class KeyRing:
 def new_key(name: str, scope: Scope) -> tuple[ApiKey, str]:
     """Make a key. Return what to configure and the token to send. Raises `ValueError` if the
     name is invalid."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(_WRONG_NAME)
     secret = urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
     digest = sha256(secret.encode()).hexdigest()
     return ApiKey.parse(f"{name}:{scope}:{digest}"), f"{name}.{secret}"

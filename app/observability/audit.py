@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -271,7 +272,11 @@ class AuditLog:
         if self._target == STDOUT:
             return sys.stdout.fileno()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self._target, flags, 0o600)
+        file = os.open(self._target, flags, 0o600)
+        if _is_torn(self._target):
+            # A crash cut the last line off. The next one must not be a part of it.
+            os.write(file, b"\n")
+        return file
 
     def _try_to_reopen(self) -> None:
         self._reopen = False
@@ -317,6 +322,19 @@ class AuditLog:
             self._told_lost += lost
             lines.append(_line(Entry(self._now(), "lost", "", NOBODY, number=lost)))
         return b"".join(map(_encode, lines))
+
+
+def _is_torn(path: str) -> bool:
+    """Return whether a file ends within a line; False if it cannot be read."""
+    try:
+        if not Path(path).is_file():
+            return False
+        with Path(path).open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:
+        # It is empty, or not ours to read.
+        return False
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=encode_hook)

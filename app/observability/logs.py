@@ -8,6 +8,8 @@ session id is a capability.
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -64,15 +66,58 @@ class LogLimit:
 
 
 class _StandardError:
-    """Standard error. A line that cannot be written is lost; it must not cost a request."""
+    """Standard error, which nobody may be reading. What cannot be written at once is lost and
+    counted, because waiting would stop every request, and the health checks with them."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        """Lines lost so far."""
+        self._unreported = 0
+        self._is_torn = False
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            sys.stderr.write(text)
+        stream = sys.stderr
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError):
+            # A test has put something else in its place, or it is closed.
+            with suppress(OSError, ValueError):
+                stream.write(text)
+            return
+        if self._unreported and _takes_more(number):
+            lines, self._unreported = self._unreported, 0
+            # structlog holds a lock while it writes; the standard library's can be taken again.
+            logging.getLogger("arbiter").warning("log lines lost: %d", lines)
+        data = text.encode("utf-8", "backslashreplace")
+        if self._is_torn:
+            data = b"\n" + data
+        for start in range(0, len(data), select.PIPE_BUF):
+            if not _takes_more(number):
+                self.dropped += 1
+                self._unreported += 1
+                self._is_torn = self._is_torn or start > 0
+                return
+            with suppress(OSError):
+                os.write(number, data[start : start + select.PIPE_BUF])
+        self._is_torn = False
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            sys.stderr.flush()
+        """Do nothing: nothing is held back here."""
+
+
+def _takes_more(number: int) -> bool:
+    """Whether a file takes `PIPE_BUF` bytes without waiting (poll(2), pipe(7))."""
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & select.POLLOUT for _, event in poll.poll(0))
+
+
+_standard_error = _StandardError()
+
+
+def dropped_lines() -> int:
+    """How many lines of the log this process has lost."""
+    return _standard_error.dropped
 
 
 def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Processor) -> None:
@@ -94,7 +139,7 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
             _escape_controls,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(cast("TextIO", _standard_error))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
@@ -108,7 +153,7 @@ def configure_logs(log_format: LogFormat, level: LogLevel, *more_processors: Pro
     # Our own lines skip the standard library's logging, which takes longer than a whole denial.
     structlog.configure(
         processors=[*shared, *rendered],
-        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _StandardError())),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _standard_error)),
         # So that loggers that exist already follow a change of the level.
         cache_logger_on_first_use=False,
     )

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from app import __version__
+from app.observability.logs import dropped_lines
 from app.store.contract import Totals
 
 REQUEST_BUCKETS_SECS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -71,6 +72,7 @@ class Counts(msgspec.Struct):
     refused: dict[str, int]
     loop_lag: tuple[list[int], float]
     audit_dropped: int
+    log_dropped: int
     connections: int
     requests_in_flight: int
 
@@ -90,6 +92,7 @@ class Metrics:
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.loop_lag = Histogram(LAG_BUCKETS_SECS)
         self.audit_dropped = 0
+        self.log_dropped = 0
         self.connections = 0
         self.requests_in_flight = 0
 
@@ -120,6 +123,7 @@ class Metrics:
             self.refused,
             (self.loop_lag.counts, self.loop_lag.total),
             self.audit_dropped,
+            self.log_dropped + dropped_lines(),
             self.connections,
             self.requests_in_flight,
         )
@@ -140,6 +144,7 @@ class Metrics:
             self.refused[reason] += count
         self.loop_lag.add(*counts.loop_lag)
         self.audit_dropped += counts.audit_dropped
+        self.log_dropped += counts.log_dropped
         self.connections += counts.connections
         self.requests_in_flight += counts.requests_in_flight
 
@@ -170,6 +175,12 @@ class Metrics:
             )
             yield GaugeMetricFamily(
                 "arbiter_agents_frozen", "Frozen agents.", totals.frozen_agents
+            )
+        if totals is not None and totals.log_bytes is not None:
+            yield GaugeMetricFamily(
+                "arbiter_store_log_bytes",
+                "Size of the store's write-ahead log.",
+                totals.log_bytes,
             )
         yield CounterMetricFamily(
             "arbiter_sessions_created", "Sessions created.", value=self.created
@@ -217,6 +228,11 @@ class Metrics:
             "arbiter_audit_dropped",
             "Audit log lines lost because they could not be written in time.",
             value=self.audit_dropped,
+        )
+        yield CounterMetricFamily(
+            "arbiter_log_dropped",
+            "Log lines lost because standard error took no more.",
+            value=self.log_dropped,
         )
         yield GaugeMetricFamily(
             "arbiter_http_connections", "Open connections.", self.connections

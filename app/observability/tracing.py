@@ -1,14 +1,16 @@
 """OpenTelemetry traces, exported when `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-FastAPI makes the exporter, and the spans of requests that it serves itself. This module makes
-the provider and the spans of all others. It keeps whole session ids, which are capabilities,
+FastAPI makes the spans of requests that it serves itself. This module makes the spans of all
+others, the provider, and the exporter. It keeps whole session ids, which are capabilities,
 out of exported spans. The SDK is an optional extra: without it, only the API is imported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ _ID = re.compile(
 )
 _FAILED = 500
 
+CLOSE_WITHIN_SECS = 2.0
+"""How long the last export may take when the service stops."""
+
 
 def tracing_enabled(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the environment names an endpoint and does not disable the SDK."""
@@ -52,9 +57,13 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
     if not tracing_enabled(environment):
         return None
     try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter,
+        )
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
         from opentelemetry.sdk.trace import SpanProcessor  # noqa: PLC0415
         from opentelemetry.sdk.trace import TracerProvider as SdkProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError:
         get_logger().warning("tracing is configured but not installed", missing_extra=EXTRA)
         return None
@@ -74,7 +83,17 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> TracerProvider 
         del defaults["service.name"]
     provider = SdkProvider(resource=Resource.create(defaults), shutdown_on_exit=False)
     provider.add_span_processor(Redacting())
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
+
+
+async def close_tracing(provider: Any) -> None:
+    """Export the spans that are left. What a collector that is away has not taken within
+    `CLOSE_WITHIN_SECS` is lost: it must not hold up a stop."""
+    # Not a thread of the event loop's: the process would wait for that one.
+    closing = threading.Thread(target=provider.shutdown, name="tracing", daemon=True)
+    closing.start()
+    await asyncio.to_thread(closing.join, CLOSE_WITHIN_SECS)
 
 
 def redacted(path: str) -> str:

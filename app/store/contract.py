@@ -96,6 +96,8 @@ class Totals(NamedTuple):
     active: int
     paused: int
     frozen_agents: int
+    log_bytes: int | None = None
+    """The size of the write-ahead log, if the store has one."""
 
 
 class SessionFilter(NamedTuple):
@@ -162,8 +164,8 @@ class SessionStore(ABC):
     """Where sessions live."""
 
     waits: ClassVar[bool] = True
-    """Whether methods other than `open` and `aclose` wait for anything. One that does not is
-    a single step of the event loop, and needs no task."""
+    """Whether methods other than `open` and `aclose` wait for anything. If not, each is one
+    step of the event loop and needs no task, but for long lists, which let others run."""
 
     @abstractmethod
     async def open(self) -> None:

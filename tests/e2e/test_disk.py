@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -16,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.services import ROOT, StartService
+from tests.services import ROOT, StartService, running
 from tests.support import session_request
 
 pytestmark = pytest.mark.anyio
@@ -282,3 +283,49 @@ class TestFaults:
             assert client.post(f"{path}/calls", json=READ).json()["calls_made"] == 2
             assert len(client.get("/sessions").json()["items"]) == 1
         assert any(reason in line for line in service.log)
+
+
+class TestSizes:
+    @pytest.mark.parametrize("name", ["sessions.db", "sessions.db-wal"])
+    def test_a_file_that_is_cut_off_is_noticed(
+        self, start_service: StartService, file: Path, name: str
+    ) -> None:
+        """Otherwise all was well until a restart, which found an empty store."""
+        service = start_service(ARBITER_STORE_URL=f"sqlite://{file}")
+        path = httpx.post(f"{service.url}/sessions", json=session_request()).headers["location"]
+        os.truncate(file.with_name(name), 0)
+
+        refused = httpx.post(f"{service.url}{path}/calls", json=READ)
+
+        assert refused.status_code == 503
+        assert refused.json()["outcome"] == "not_recorded"
+        assert httpx.get(f"{service.url}/readyz").status_code == 503
+        assert any("another program has changed its size" in line for line in service.log)
+
+    def test_the_log_shrinks_when_its_reader_has_gone(
+        self, start_service: StartService, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = (
+            "import app.store.sqlite.file as f; f.MAX_LOG_BYTES = 100_000;"
+            "f.CHECKPOINT_PAGES = 10;"
+            "import sys; from app.__main__ import main; sys.exit(main(['serve']))"
+        )
+        with (
+            running("-c", program, ARBITER_STORE_URL=f"sqlite:///{file}") as service,
+            httpx.Client(base_url=service.url) as client,
+        ):
+
+            def log_bytes() -> float:
+                text = client.get("/metrics").text
+                found = re.search(r"^arbiter_store_log_bytes (\S+)$", text, re.MULTILINE)
+                assert found is not None
+                return float(found[1])
+
+            reader = sqlite3.connect(file)
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM sessions").fetchall()
+            while log_bytes() < 400_000:
+                client.post("/sessions", json=session_request()).raise_for_status()
+            reader.close()
+            while log_bytes() > 100_000:
+                client.post("/sessions", json=session_request()).raise_for_status()

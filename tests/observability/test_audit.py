@@ -196,6 +196,19 @@ def test_only_the_owner_can_read_the_file(start_service: StartService, tmp_path:
     assert audited.file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_line_that_a_crash_cut_off_swallows_none(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    (tmp_path / "audit.log").write_text('{"at":"2026-01-01T00:00:00.000000+00:00","ev')
+    audited = Audited(start_service, tmp_path)
+    audited.service.stop()
+
+    torn, *lines = audited.file.read_text().splitlines()
+
+    assert torn.endswith('"ev')
+    assert [json.loads(line)["event"] for line in lines] == ["start", "stop"]
+
+
 def test_sighup_continues_in_a_new_file(start_service: StartService, tmp_path: Path) -> None:
     audited = Audited(start_service, tmp_path)
     audited.ask("POST", "/sessions", session_request())

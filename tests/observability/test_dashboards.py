@@ -52,8 +52,9 @@ def label_names(text: str | None) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running(ARBITER_CLEANUP_INTERVAL_SECS="0.1") as started:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    store = f"sqlite://{tmp_path_factory.mktemp('store')}/sessions.db"
+    with running(ARBITER_CLEANUP_INTERVAL_SECS="0.1", ARBITER_STORE_URL=store) as started:
         yield started
 
 

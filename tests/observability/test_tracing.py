@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,6 +139,19 @@ def test_an_unreachable_collector_fails_no_request(start_service: StartService) 
     )
 
     assert httpx.post(f"{service.url}/sessions", json=session_request()).status_code == 201
+
+
+def test_a_collector_that_does_not_answer_holds_up_no_stop(
+    start_service: StartService,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        service = start_service(OTEL_EXPORTER_OTLP_ENDPOINT=url)
+        httpx.post(f"{service.url}/sessions", json=session_request())
+        service.process.terminate()
+
+        # Alone the export of OpenTelemetry may take 30 s.
+        assert service.process.wait(timeout=15) == 0
 
 
 def test_a_missing_extra_is_logged_and_not_fatal() -> None:

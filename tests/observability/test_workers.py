@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-import uuid
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from app.observability.metrics import Metrics
 from app.observability.workers import PUBLISH_EVERY_SECS, SharedMetrics
 from app.store.contract import Totals
+from tests.services import ROOT
 
 
 def counted(calls: int) -> Metrics:
@@ -53,7 +54,7 @@ def test_counts_published_again_are_not_counted_twice(tmp_path: Path) -> None:
     assert b'arbiter_decisions_total{operation="call",outcome="admitted"} 5.0' in (
         second.render(Totals(0, 0, 0))
     )
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.json"))) == 1
 
 
 def test_the_counts_of_an_exited_worker_are_kept(tmp_path: Path) -> None:
@@ -72,12 +73,18 @@ def test_the_counts_of_an_exited_worker_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_gauges_of_a_killed_worker_are_dropped(tmp_path: Path) -> None:
-    killed = subprocess.Popen(["true"])
-    killed.wait()
-    worker = SharedMetrics(counted(2), tmp_path)
-    worker.publish()
-    (file,) = tmp_path.iterdir()
-    file.rename(file.with_name(f"{killed.pid}-{uuid.uuid4()}.json"))
+    """Whoever has its process id now, and although the folder is kept."""
+    program = (
+        "import sys, os, signal; from pathlib import Path;"
+        "from tests.observability.test_workers import counted, SharedMetrics;"
+        "worker = SharedMetrics(counted(2), Path(sys.argv[1])); worker.publish();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program, tmp_path]
+    subprocess.run(command, check=False, cwd=ROOT, timeout=60)
+    (file,) = tmp_path.glob("*.json")
+    for suffix in (".json", ".lock"):
+        file.with_suffix(suffix).rename(file.with_name(f"1-{file.stem[-36:]}{suffix}"))
 
     text = SharedMetrics(counted(1), tmp_path).render(Totals(0, 0, 0))
 
@@ -122,6 +129,10 @@ def test_publishing_survives_the_loss_of_its_folder(tmp_path: Path) -> None:
         sleeps += 1
         if sleeps == 1:
             shutil.rmtree(folder)
+        if sleeps == 2:
+            other = SharedMetrics(counted(0), folder).render(Totals(0, 0, 0))
+            # The folder is there again, and the worker alive in it.
+            assert b"arbiter_http_connections 1.0" in other
             worker.own.created += 1
         if sleeps == 3:
             raise asyncio.CancelledError

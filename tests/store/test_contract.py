@@ -885,7 +885,7 @@ class TestPause:
                 assert await listed(store, SessionFilter(agent_id, status)) == expected
         agent = await store.get_agent(AGENT)
         assert (agent.active_sessions, agent.paused_sessions) == (1, 1)
-        assert await store.totals() == (1, 1, 0)
+        assert (await store.totals())[:3] == (1, 1, 0)
         # It counts for the cap.
         assert isinstance(await create(store, a_grant()), Denied)
         clock.advance(10)
@@ -895,7 +895,7 @@ class TestPause:
             held.session_id
         ]
         await sweep(store)
-        assert await store.totals() == (1, 0, 0)
+        assert (await store.totals())[:3] == (1, 0, 0)
 
     async def test_the_kill_switch_closes_paused_sessions(self, store: SessionStore) -> None:
         session = await opened(store)
@@ -904,7 +904,7 @@ class TestPause:
         assert await kill(store) == 1
 
         assert (await current(store, session)).status is SessionStatus.CLOSED
-        assert await store.totals() == (0, 0, 0)
+        assert (await store.totals())[:3] == (0, 0, 0)
 
 
 class TestFreeze:

@@ -62,7 +62,10 @@ _REASONS: list[tuple[type[Exception], str]] = [
     (BusyLoadingError, "it is still loading its data"),
     (TooSlow, "it did not answer in time"),
     (MasterNotFoundError, "no sentinel answers that knows a living primary of this name"),
-    (CannotConnect, "there is no connection to it"),
+    (
+        CannotConnect,
+        "there is no connection to it; start the engine, or correct ARBITER_STORE_URL",
+    ),
     (OutOfMemoryError, "it is out of memory"),
     (ReadOnlyError, "it is a read-only replica"),
     (ClusterDownError, "the cluster is down"),

@@ -56,6 +56,8 @@ class RedisUrl:
 
         Raises `ValueError`, whose message never contains the password.
         """
+        if "://" not in url:
+            raise ValueError("write // after the scheme, as in redis://localhost:6379")
         try:
             parts = urlsplit(url)
         except ValueError:

@@ -19,6 +19,10 @@ Synchronous = Literal["full", "normal"]
 BUSY_SECS = 1.0
 """How long to wait for a lock that another program holds on the file."""
 
+MAX_LOG_BYTES = 64 * 1024 * 1024
+"""A log that has grown beyond this, because a reader kept it open, is cut off when it is next
+written from its start (`PRAGMA journal_size_limit`)."""
+
 CHECKPOINT_PAGES = 4000
 """Pages of 4 KiB that the write-ahead log may hold before they are moved into the file."""
 
@@ -64,7 +68,9 @@ class Location(NamedTuple):
     @classmethod
     def of_url(cls, url: str) -> Location:
         """Parse `sqlite:///absolute/path`, with an optional `?synchronous=full` or `normal`.
-        A fourth slash makes no difference. Raises `ValueError` for anything else."""
+        A fourth slash makes no difference, except that a file in the root folder needs it: who
+        writes `sqlite:///sessions.db` expects a relative path. Raises `ValueError` for anything
+        else."""
         path = _path(url)
         parts = urlsplit(url)
         options = parse_qsl(parts.query, keep_blank_values=True) or [("synchronous", "full")]
@@ -74,7 +80,14 @@ class Location(NamedTuple):
             raise ValueError(
                 "the only option is ?synchronous=full (the default) or ?synchronous=normal"
             )
-        return cls(Path("/" + path.lstrip("/")), cast("Synchronous", synchronous))
+        absolute = Path("/" + path.lstrip("/"))
+        is_dotted = not {".", ".."}.isdisjoint(path.split("/"))
+        if is_dotted or (absolute.parent == Path("/") and not path.startswith("//")):
+            raise ValueError(
+                f"a path is never relative: this one means the file {absolute}; write the "
+                "whole path, as in sqlite:///var/lib/arbiter/sessions.db"
+            )
+        return cls(absolute, cast("Synchronous", synchronous))
 
 
 def _path(url: str) -> str:
@@ -119,14 +132,35 @@ class DatabaseFile:
             self.db = _connect(path, location.synchronous)
             opened.callback(self.db.close)
             self._files = {name: _identity(name) for name in _in_use(path)}
+            self._log = f"{path}-wal"
+            self._sizes = self._read_sizes()
             self._opened = opened.pop_all()
 
     def check_in_place(self) -> None:
-        """Raise `OSError` if a file has been moved or replaced since it was opened. Writes
-        to it would be lost, or mixed with those of another owner."""
+        """Raise `OSError` if a file has been moved or replaced since it was opened, or cut off
+        since the last change. Writes to it would be lost, or mixed with those of another
+        owner."""
         for name, identity in self._files.items():
             if _identity(name) != identity:
                 raise OSError(0, "another file has taken its place; put the original back")
+        if self._read_sizes() != self._sizes:
+            raise OSError(0, "another program has changed its size; restore a backup")
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the file within this block: nobody else may."""
+        try:
+            yield
+        finally:
+            self._sizes = self._read_sizes()
+
+    @property
+    def log_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        return os.stat(self._log).st_size  # noqa: PTH116 - as below
+
+    def _read_sizes(self) -> list[int]:
+        return [os.stat(name).st_size for name in self._files]  # noqa: PTH116 - as below
 
     def close(self) -> None:
         """Close the file and give up its ownership."""
@@ -185,6 +219,7 @@ def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
         _keep_log(db)
         db.execute(f"PRAGMA synchronous = {synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        db.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
         # The kill switch sorts what it closes, and there may be no folder for temporary files.
         db.execute("PRAGMA temp_store = MEMORY")
         # On macOS, fsync alone leaves the data in the drive's cache.

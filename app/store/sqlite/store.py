@@ -109,7 +109,7 @@ class SqliteStore(SessionStore):
         is_committing = False
         try:
             self._file.check_in_place()
-            with self._transactions.transaction():
+            with self._file.changing(), self._transactions.transaction():
                 for job in jobs:
                     # One by one: their number shows which job hit a defect.
                     outcomes.append(self._outcome(job))  # noqa: PERF401
@@ -211,7 +211,9 @@ class SqliteStore(SessionStore):
 
     @override
     async def totals(self) -> Totals:
-        return await self._commits.submit(self._transactions.totals)
+        return await self._commits.submit(
+            lambda: self._transactions.totals()._replace(log_bytes=self._file.log_bytes)
+        )
 
     @override
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from types import FrameType
@@ -12,8 +13,8 @@ from app.domain.admission import Admission, Admitted
 from app.domain.errors import SessionLimitReached
 from app.domain.session import MICROSECONDS
 from app.store.clock import anchored_clock
-from app.store.contract import IdempotencyKey, StoreLimits
-from app.store.memory.store import MemoryStore
+from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.memory.store import LISTED_AT_ONCE, MemoryStore
 from tests.support import a_batch, a_call, a_grant, close, opened
 
 
@@ -49,6 +50,45 @@ def test_no_method_waits() -> None:
     ):
         with pytest.raises(StopIteration):
             method.send(None)
+
+
+@pytest.mark.anyio
+async def test_a_long_list_by_tool_lets_others_run() -> None:
+    store = MemoryStore(StoreLimits())
+    patterns = [f"team-{number}.*" for number in range(256)]
+    made = [await store.create(a_grant(*patterns)) for _ in range(3 * LISTED_AT_ONCE)]
+    turns = 0
+    done = False
+
+    async def others() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(others())
+    page = await store.list_all(SessionFilter(tool="team-255.x"), limit=500)
+    done = True
+    await running
+
+    assert len(page.sessions) == len(made)
+    assert turns >= 3
+
+
+@pytest.mark.anyio
+async def test_sessions_that_come_and_go_meanwhile_disturb_no_list() -> None:
+    store = MemoryStore(StoreLimits())
+    made = [await opened(store, a_grant("read_file")) for _ in range(4 * LISTED_AT_ONCE)]
+    listing = asyncio.create_task(store.list_all(SessionFilter(tool="read_file"), limit=500))
+    await asyncio.sleep(0)
+    for session in made[::2]:
+        await close(store, session.session_id)
+        await opened(store, a_grant("read_file", time_limit_secs=1))
+    page = await listing
+
+    found = [each.session_id for each in page.sessions]
+    assert len(found) == len(set(found))
+    assert {each.session_id for each in made[1::2]} <= set(found)
 
 
 async def work(store: MemoryStore, session_id: str, admission: Admission) -> int:

@@ -65,8 +65,8 @@ class TestUrl:
             ("sqlite:///var/lib/s.db", "/var/lib/s.db", "full"),
             ("sqlite:////var/lib/s.db", "/var/lib/s.db", "full"),
             ("sqlite:///var/with%20space/s.db", "/var/with space/s.db", "full"),
-            ("sqlite:///s.db?synchronous=normal", "/s.db", "normal"),
-            ("sqlite:///s.db?synchronous=full", "/s.db", "full"),
+            ("sqlite:////s.db?synchronous=normal", "/s.db", "normal"),
+            ("sqlite:////s.db?synchronous=full", "/s.db", "full"),
         ],
     )
     def test_a_url_gives_path_and_durability(
@@ -82,6 +82,9 @@ class TestUrl:
             "sqlite://sessions.db",
             "sqlite://host/sessions.db",
             "sqlite:///folder/",
+            "sqlite:///sessions.db",
+            "sqlite:///./var/sessions.db",
+            "sqlite:///../sessions.db",
             "sqlite:///s.db?synchronous=off",
             "sqlite:///s.db?synchronous=",
             "sqlite:///s.db?journal=off",
