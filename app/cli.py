@@ -135,6 +135,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         help="admitted, or the code of a denial",
     )
     parser.add_argument("--caller", metavar="NAME", help="the name of an API key")
+    parser.add_argument("--request-id", metavar="ID", help="the request_id of an answer")
     for option, meaning in (("--since", "not before"), ("--until", "before")):
         parser.add_argument(
             option,
@@ -249,6 +250,7 @@ def _audit(chosen: argparse.Namespace) -> int:
             chosen.agent,
             chosen.outcome,
             chosen.caller,
+            chosen.request_id,
             chosen.since,
             chosen.until,
         )

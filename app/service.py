@@ -15,8 +15,9 @@ from hashlib import sha256
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.advice import DenialCode
 from app.domain.ceilings import Ceilings, GrantExceedsKey, exceeded, lowered
-from app.domain.errors import ArbiterError, InvalidField, ShuttingDown
+from app.domain.errors import ArbiterError, InvalidField, ShuttingDown, StoreUnavailable
 from app.domain.lifecycle import (
     Amendment,
     Changed,
@@ -26,7 +27,14 @@ from app.domain.lifecycle import (
     pause,
     resume,
 )
-from app.domain.session import AgentState, ClosedBy, DataSensitivity, Grant, Session
+from app.domain.session import (
+    AgentState,
+    ClosedBy,
+    DataSensitivity,
+    Grant,
+    PausedBy,
+    Session,
+)
 from app.observability.audit import Actor
 from app.observability.events import Events
 from app.store.codec import to_text
@@ -88,6 +96,8 @@ class SessionService:
         except _UNDECIDED as error:
             self._events.failed("create", error, actor, agent_id=grant.agent_id)
             raise
+        if isinstance(decision, Denied):
+            decision = await self._with_freeze(decision, grant.agent_id)
         self._events.created(grant.agent_id, decision, actor)
         return decision
 
@@ -162,8 +172,21 @@ class SessionService:
             event = admission.operation.value
             self._events.failed(event, error, actor, session_id=session_id, admission=admission)
             raise
+        if isinstance(decision, Denied) and decision.session is not None:
+            decision = await self._with_freeze(decision, decision.session.grant.agent_id)
         self._events.decided(session_id, admission, decision, actor, dry_run=dry_run)
         return decision
+
+    async def _with_freeze(self, denied: Denied, agent_id: str) -> Denied:
+        """Add since when the agent is frozen, if that is why it was denied."""
+        if denied.code is not DenialCode.AGENT_FROZEN:
+            return denied
+        try:
+            freeze = (await self._store.get_agent(agent_id)).freeze
+        except StoreUnavailable:
+            # The denial stands without it.
+            return denied
+        return denied if freeze is None else replace(denied, since=freeze.frozen_at)
 
     async def close_session(self, session_id: str, actor: Actor) -> Changed | Denied:
         """Close a session for good."""
@@ -194,16 +217,21 @@ class SessionService:
         self._events.changed("amend", session_id, outcome, actor)
         return outcome
 
-    async def pause_session(self, session_id: str, actor: Actor) -> Changed | Denied:
+    async def pause_session(
+        self, session_id: str, reason: str, actor: Actor
+    ) -> Changed | Denied:
         """Hold a session: it admits no calls until it is resumed."""
-        outcome = await self._change("pause", session_id, pause, actor)
-        self._events.changed("pause", session_id, outcome, actor)
+        transition = pause(PausedBy(actor.caller, reason))
+        outcome = await self._change("pause", session_id, transition, actor)
+        self._events.changed("pause", session_id, outcome, actor, reason)
         return outcome
 
-    async def resume_session(self, session_id: str, actor: Actor) -> Changed | Denied:
+    async def resume_session(
+        self, session_id: str, reason: str, actor: Actor
+    ) -> Changed | Denied:
         """Let a paused session admit calls again."""
         outcome = await self._change("resume", session_id, resume, actor)
-        self._events.changed("resume", session_id, outcome, actor)
+        self._events.changed("resume", session_id, outcome, actor, reason)
         return outcome
 
     async def _change(

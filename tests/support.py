@@ -8,7 +8,14 @@ from typing import Any
 
 from app.domain import lifecycle
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.session import MICROSECONDS, ClosedBy, DataSensitivity, Grant, Session
+from app.domain.session import (
+    MICROSECONDS,
+    ClosedBy,
+    DataSensitivity,
+    Grant,
+    PausedBy,
+    Session,
+)
 from app.domain.tools import AllowList
 from app.store.codec import to_text
 from app.store.contract import CreationKey, IdempotencyKey, SessionStore
@@ -79,6 +86,9 @@ async def change(
     """Change a session without an idempotency key."""
     changed = await store.change(session_id, transition)
     return changed if isinstance(changed, Denied) else changed.session
+
+
+PAUSE = lifecycle.pause(PausedBy("ops", "looking into it"))
 
 
 async def close(store: SessionStore, session_id: str) -> Session | Denied:

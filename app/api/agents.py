@@ -1,4 +1,4 @@
-"""Routes about all sessions of an agent."""
+"""Routes about agents: freeze them, and close all of their sessions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from app.api.dependencies import (
 )
 from app.api.encode import agent_response, agents_response
 from app.api.openapi import ALWAYS, CHANGE_BODY, problem_responses
-from app.api.schemas import Agent, AgentPage, AgentSessionsClosed, FreezeAgent
+from app.api.schemas import NO_REASON, Agent, AgentPage, AgentSessionsClosed, Reason
 from app.http.auth import Scope
 from app.http.problems import invalid_field
 from app.http.response import RawResponse, json_response
 from app.http.route import StrictRoute, allow
-
-_NO_REASON = FreezeAgent()
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -59,7 +57,7 @@ async def list_agents(
     service: Service,
     frozen: Annotated[
         bool, BeforeValidator(flag), Query(description="Must be true: others are not listed.")
-    ] = False,
+    ] = True,
     limit: Limit = DEFAULT_PAGE,
     cursor: ListCursor = None,
 ) -> RawResponse:
@@ -83,7 +81,7 @@ async def freeze_agent(
     agent_id: AgentId,
     service: Service,
     actor: RequestActor,
-    body: FreezeAgent = _NO_REASON,
+    body: Reason = NO_REASON,
 ) -> RawResponse:
     """Deny everything to the agent, from the moment of this answer until it is unfrozen: new
     sessions, and calls in all of its sessions. Nothing is closed."""

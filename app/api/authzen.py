@@ -23,7 +23,6 @@ from app.api.dependencies import RequestActor, Service
 from app.api.encode import REPLAYED, denied_response, rate_headers
 from app.api.schemas import CANONICAL_UUID, Tier, ToolName
 from app.domain.admission import NO_SESSION, Admitted, Denied
-from app.domain.advice import DenialCode, NextAction
 from app.domain.tools import MAX_BATCH
 from app.http.auth import Scope
 from app.http.headers import idempotency_key
@@ -45,9 +44,6 @@ from app.store.contract import IdempotencyKey
 CALL = "tools/call"
 SESSION = "session"
 TOOL = "tool"
-
-_NO_SUCH_TOOL = Denied(DenialCode.TOOL_NOT_AUTHORIZED, NextAction.USE_AUTHORIZED_TOOL)
-"""The denial of an action that is not a call, or a resource that is not a tool."""
 
 _PRINTABLE = re.compile(rb"[ -~]{1,255}")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -184,12 +180,20 @@ async def _evaluate(
     idempotency: IdempotencyKey | None,
     *,
     dry_run: bool,
-) -> Admitted | Denied:
+) -> Admitted | Denied | Refused:
+    """Decide. A question about anything but a call of a tool in a session is well formed, so
+    its refusal is a value too, and the answer a denial."""
     subject, resource = asked.subject, asked.resource
-    if subject.type != SESSION or not CANONICAL_UUID.fullmatch(subject.id):
+    for field, found, expected in (
+        ("subject/type", subject.type, SESSION),
+        ("action/name", asked.action.name, CALL),
+        ("resource/type", resource.type, TOOL),
+    ):
+        if found != expected:
+            detail = f'is not known here; use "{expected}"'
+            return invalid_field("body", field, detail, INVALID_CHECK)
+    if not CANONICAL_UUID.fullmatch(subject.id):
         return NO_SESSION
-    if asked.action.name != CALL or resource.type != TOOL:
-        return _NO_SUCH_TOOL
     return await service.record_call(
         subject.id,
         resource.id,
@@ -204,12 +208,18 @@ def _denial(problem: RawResponse) -> bytes:
     return b'{"decision":false,"context":%b}' % problem.body
 
 
+def _problem(decision: Denied | Refused, request: StrictRequest) -> RawResponse:
+    if isinstance(decision, Denied):
+        return denied_response(decision, request)
+    return refused_response(decision, request)
+
+
 _PERMIT = b'{"decision":true}'
 
 
-def _answer(decision: Admitted | Denied, request: StrictRequest) -> RawResponse:
-    if isinstance(decision, Denied):
-        problem = denied_response(decision, request)
+def _answer(decision: Admitted | Denied | Refused, request: StrictRequest) -> RawResponse:
+    if not isinstance(decision, Admitted):
+        problem = _problem(decision, request)
         headers = [each for each in problem.headers if not each[0].startswith(b"content-")]
         return json_response(200, _denial(problem), headers)
     headers = rate_headers(decision.session)
@@ -255,18 +265,15 @@ async def check_all(
     stops_at = _STOPS_AT.get(body.options.evaluations_semantic)
     found: list[bytes] = []
     for each in body.each():
+        decision: Admitted | Denied | Refused
         try:
             decision = await _evaluate(_validated(each), service, actor, None, dry_run=True)
         except Refused as error:
-            found.append(_denial(refused_response(error, request)))
-            permitted = False
-        else:
-            permitted = isinstance(decision, Admitted)
-            found.append(
-                _denial(denied_response(decision, request))
-                if isinstance(decision, Denied)
-                else _PERMIT
-            )
+            decision = error
+        permitted = isinstance(decision, Admitted)
+        found.append(
+            _PERMIT if isinstance(decision, Admitted) else _denial(_problem(decision, request))
+        )
         if permitted is stops_at:
             break
     return json_response(200, b'{"evaluations":[%b]}' % b",".join(found), [])

@@ -21,6 +21,7 @@ from app.http.problems import problem_response
 from app.http.request import StrictRequest
 from app.http.response import Headers, RawResponse, json_response
 from app.observability.denials import Denial
+from app.observability.logs import short
 from app.replica import ReplicaState
 from app.store.contract import Page
 
@@ -180,9 +181,11 @@ def admitted_response(admitted: Admitted, *, minimal: bool) -> RawResponse:
     return json_response(200, _encode_session(session, encoded), headers)
 
 
-def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
-    """Return the problem response to a denial."""
-    kind = DENIALS[denied.code]
+def denied_response(
+    denied: Denied, request: StrictRequest, agent_id: str | None = None
+) -> RawResponse:
+    """Return the problem response to a denial. A creation names the agent."""
+    kind, session = DENIALS[denied.code], denied.session
     members: dict[str, Any] = {
         "retryable": denied.retry_after_secs is not None,
         "next_action": denied.next_action.value,
@@ -190,9 +193,16 @@ def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
     }
     headers: Headers = []
     detail = None
-    if denied.violations and denied.session is not None:
-        detail = _sentences(denied, denied.session)
-        members["agent_message"] = AGENT_MESSAGES[denied.next_action]
+    if session is not None:
+        agent_id = session.grant.agent_id
+        members["session_ref"] = short(session.session_id)
+        detail = _session_detail(denied, session, request.caller, members)
+        if denied.code in _REPORTED_BY_RATE_HEADERS:
+            headers += rate_headers(session)
+    if agent_id is not None:
+        members["agent_id"] = agent_id
+    if denied.since is not None:
+        detail = _since_detail(denied.code, instant(denied.since).decode(), members)
     if denied.retry_after_secs is not None:
         members["retry_after_secs"] = denied.retry_after_secs
         headers.append((b"retry-after", b"%d" % denied.retry_after_secs))
@@ -203,20 +213,39 @@ def denied_response(denied: Denied, request: StrictRequest) -> RawResponse:
             "requested": denied.requested,
         }
         if denied.code is DenialCode.TOO_MANY_SESSIONS:
-            detail = f"The agent has {denied.used} active sessions of {denied.limit} allowed."
-    session = denied.session
-    if session is not None:
-        if denied.code in _REPORTED_BY_RATE_HEADERS:
-            headers += rate_headers(session)
-        elif denied.code is DenialCode.SESSION_CLOSED:
-            detail = _closing(session.terms, request.caller, members)
-        elif denied.code is DenialCode.REVISION_CONFLICT:
-            members["revision"] = session.terms.rev
-            detail = f"The session has revision {session.terms.rev} now."
-        elif denied.code is DenialCode.SESSION_EXPIRED:
-            members["expires_at"] = expires_at = instant(session.terms.expires_at).decode()
-            detail = f"The session's time limit passed at {expires_at}."
+            detail = (
+                f"The agent has {denied.used} active sessions of {denied.limit} allowed. The "
+                "same request can pass once one of them is closed or has expired."
+            )
     return problem_response(kind, request, detail, members, headers)
+
+
+def _session_detail(
+    denied: Denied, session: Session, caller: Caller, members: dict[str, Any]
+) -> str | None:
+    """What is wrong with the session or about the calls. Adds to `members`."""
+    terms = session.terms
+    if denied.violations:
+        members["agent_message"] = AGENT_MESSAGES[denied.next_action]
+        return _sentences(denied, session)
+    if denied.code is DenialCode.SESSION_CLOSED:
+        return _closing(terms, caller, members)
+    if denied.code is DenialCode.SESSION_PAUSED:
+        members["since"] = instant(terms.paused_at or 0).decode()
+    elif denied.code is DenialCode.REVISION_CONFLICT:
+        members["revision"] = terms.rev
+        return f"The session has revision {terms.rev} now."
+    elif denied.code is DenialCode.SESSION_EXPIRED:
+        members["expires_at"] = expires_at = instant(terms.expires_at).decode()
+        return f"The session's time limit passed at {expires_at}."
+    return None
+
+
+def _since_detail(code: DenialCode, since: str, members: dict[str, Any]) -> str | None:
+    if code is DenialCode.IDEMPOTENCY_CONFLICT:
+        return f"This idempotency key was first used at {since}, for another request."
+    members["since"] = since
+    return None
 
 
 _REPORTED_BY_RATE_HEADERS = (DenialCode.BUDGET_EXCEEDED, DenialCode.RATE_LIMITED)
@@ -232,8 +261,8 @@ def _closing(terms: Terms, caller: Caller, members: dict[str, Any]) -> str:
     members["closed_by"] = "kill_switch" if by.kill_switch else "close"
     if by.actor and caller.may((Scope.OPERATE,)):
         members["closed_by_key"] = by.actor
-    how = "with all sessions of its agent" if by.kill_switch else "alone, by a request"
-    return f"The session was closed at {closed_at}, {how}."
+    how = "with all sessions of its agent" if by.kill_switch else "by a request to close it"
+    return f"The session was closed at {closed_at} {how}."
 
 
 def _sentences(denied: Denied, session: Session) -> str:
@@ -251,14 +280,19 @@ def _sentence(violation: Violation, grant: Grant) -> str:
         figures = f"{left} of {limit} calls left, {violation.requested} requested."
         if violation.code is DenialCode.BUDGET_EXCEEDED:
             return f"Call budget: {figures}"
+        if violation.requested is not None and violation.requested > limit:
+            figures += f" No window can hold that many: send at most {limit} at a time."
         return f"Rate window of {grant.rate_limit_window_secs} s: {figures}"
     if violation.ceiling is not None:
         asked = "" if violation.tier is None else f", {violation.tier.value} requested"
         return f"Sensitivity: at most {violation.ceiling.value} data allowed{asked}."
     if violation.requested == 1:
-        return "Tools: the tool is not on the allow-list."
-    positions = ", ".join(map(str, violation.tool_indexes))
-    return f"Tools: not on the allow-list are those at the positions {positions}, from 0."
+        return "The tool is not on the allow-list."
+    *most, last = map(str, violation.tool_indexes)
+    if not most:
+        return f"The tool at position {last} (counting from 0) is not on the allow-list."
+    positions = f"{', '.join(most)} and {last}"
+    return f"The tools at positions {positions} (counting from 0) are not on the allow-list."
 
 
 def _violation(violation: Violation) -> dict[str, Any]:
@@ -283,6 +317,20 @@ def created_response(admitted: Admitted, request: StrictRequest) -> RawResponse:
     if admitted.replayed:
         headers.append(REPLAYED)
     return json_response(201, encode_session(admitted.session), headers)
+
+
+def session_response(session: Session, caller: Caller) -> RawResponse:
+    """Return the response with a session. Operators see who paused it."""
+    body, terms = encode_session(session), session.terms
+    if terms.paused_at is not None and caller.may((Scope.OPERATE,)):
+        paused: dict[str, Any] = {"at": instant(terms.paused_at).decode()}
+        by = terms.paused_by
+        if by is not None and by.actor:
+            paused["by"] = by.actor
+        if by is not None and by.reason:
+            paused["reason"] = by.reason
+        body = b'%b,"paused":%b}' % (body[:-1], to_json(paused))
+    return json_response(200, body, [])
 
 
 def _agent(agent_id: str, state: AgentState) -> dict[str, Any]:
@@ -320,8 +368,10 @@ def changed_response(outcome: Changed | Denied, request: StrictRequest) -> RawRe
     """Return the response to a change: the session after it, or a problem."""
     if isinstance(outcome, Denied):
         return denied_response(outcome, request)
-    headers = [REPLAYED] if outcome.replayed else []
-    return json_response(200, encode_session(outcome.session), headers)
+    response = session_response(outcome.session, request.caller)
+    if outcome.replayed:
+        response.headers.append(REPLAYED)
+    return response
 
 
 def page_response(page: Page) -> RawResponse:

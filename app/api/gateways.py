@@ -1,7 +1,7 @@
 """The route that gateways ask before they let a request through.
 
-A gateway can send headers and act on a status, so that is all there is: a thin translation of
-the headers to the same use case as a call, and of the answer to what the gateway can pass on.
+Gateways can only send headers and act on a status, so this route translates: the headers to the
+same use case as a call, and the answer to what the gateway can pass on.
 Only the headers named here count. Path, query and body are the client's.
 """
 
@@ -38,6 +38,7 @@ from app.http.problems import (
     Refused,
     Repeat,
     invalid_field,
+    invalid_fields,
     refused_response,
 )
 from app.http.request import StrictRequest
@@ -225,7 +226,10 @@ def _decoded(name: bytes) -> bytes:
 def _checked(header: bytes, name: bytes) -> str:
     tool_name = name.decode("latin-1")
     if not _TOOL_NAME.fullmatch(tool_name):
-        raise _invalid(header, "is not a tool name: 1 to 128 of A-Z a-z 0-9 _ . / : @ -")
+        detail = "is not a tool name: 1 to 128 of A-Z a-z 0-9 _ . / : @ -"
+        error = {"in": "header", "field": _SPELLING[header], "detail": detail}
+        # An empty one is the gateway's mistake.
+        raise invalid_fields([error], INVALID_CHECK, no_such_tool=bool(name))
     return tool_name
 
 

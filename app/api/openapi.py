@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from app.api.problem_types import (
+    AGENT_FROZEN,
     AGENT_MESSAGES,
     AGENT_MISMATCH,
     BUDGET_EXCEEDED,
@@ -22,6 +23,7 @@ from app.api.problem_types import (
     SENSITIVITY_EXCEEDED,
     SESSION_CLOSED,
     SESSION_EXPIRED,
+    SESSION_PAUSED,
     TOO_MANY_SESSIONS,
     TOOL_NOT_AUTHORIZED,
     ProblemCode,
@@ -74,6 +76,9 @@ class FieldError(BaseModel):
     location: str = Field(alias="in", description="body, path, query or header.")
     field: str = Field(description="The path of the field; empty for the whole part.")
     detail: str
+    known: list[str] = Field(
+        default=[], description="The names that are known there, if the field is not."
+    )
 
 
 class Problem(BaseModel):
@@ -100,6 +105,17 @@ class Problem(BaseModel):
         default=[], description="All rules that the request violates."
     )
     errors: list[FieldError] = Field(default=[], description="The invalid parts.")
+    agent_id: str = Field(default="", description="The agent that was denied.")
+    session_ref: str = Field(
+        default="",
+        description="The first 8 characters of the session id, as in the log.",
+    )
+    since: datetime = Field(
+        default=_EPOCH, description="Since when the agent is frozen or the session paused."
+    )
+    needed_scopes: list[str] = Field(
+        default=[], description="The scopes of which a key needs one."
+    )
     limit: Count = Field(default=0, description="The limit that the request would exceed.")
     used: Count = Field(default=0, description="How much of the limit is used.")
     requested: Count = Field(default=0, description="How much the request asks for.")
@@ -306,6 +322,9 @@ _MEMBERS: dict[ProblemType, dict[str, Any]] = {
         "requested": 1,
     },
     REVISION_CONFLICT: {"revision": 3},
+    SESSION_PAUSED: {"since": _AT_ONE_INSTANT},
+    AGENT_FROZEN: {"since": _AT_ONE_INSTANT},
+    INSUFFICIENT_SCOPE: {"needed_scopes": ["operate"]},
     GRANT_EXCEEDS_KEY: _errors("body", "call_budget", "This key may grant at most 1000 calls."),
     VALIDATION_FAILED: _errors("body", "call_budget", "Input should be a valid integer"),
 }

@@ -9,7 +9,13 @@ from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api.dependencies import DEFAULT_PAGE, Limit, ProblemCodeInPath, RequestActor
+from app.api.dependencies import (
+    DEFAULT_PAGE,
+    Limit,
+    ProblemCodeInPath,
+    QueryInstant,
+    RequestActor,
+)
 from app.api.encode import denials_response, replica_response
 from app.api.openapi import WITHOUT_STORE, problem_responses
 from app.api.problem_types import PROBLEM_TYPES
@@ -17,6 +23,7 @@ from app.api.schemas import (
     DenialPage,
     Health,
     Replica,
+    RequestIdText,
     SessionIdText,
     UpdateReplica,
     UuidText,
@@ -128,6 +135,7 @@ async def metrics(request: StrictRequest) -> RawResponse:
     openapi_extra=allow(Scope.OPERATE),
 )
 async def list_denials(
+    *,
     request: StrictRequest,
     session_id: Annotated[
         SessionIdText | None, Query(description="Only denials in this session.")
@@ -138,16 +146,29 @@ async def list_denials(
     code: Annotated[
         DenialCode | None, Query(description="Only denials with this code.")
     ] = None,
+    request_id: Annotated[
+        RequestIdText | None, Query(description="Only the denial of this request.")
+    ] = None,
+    since: Annotated[
+        QueryInstant | None, Query(description="Only denials at or after this.")
+    ] = None,
     limit: Limit = DEFAULT_PAGE,
 ) -> RawResponse:
-    """List the latest denials of creations, calls, batches and closes, newest first.
+    """List the latest denials of creations, calls, batches and changes, newest first.
 
     Each process remembers the last 10,000 that it gave itself, fewer if they are large batches,
     until it ends. The audit log has all of them.
     """
     denials: Denials = request.services.denials
     return denials_response(
-        denials.latest(limit=limit, session_id=session_id, agent_id=agent_id, code=code)
+        denials.latest(
+            limit=limit,
+            session_id=session_id,
+            agent_id=agent_id,
+            code=code,
+            request_id=request_id,
+            since=since,
+        )
     )
 
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from app.domain.advice import DenialCode, NextAction
 from app.domain.ceilings import Exceeded
-from app.http.problems import SERVICE_PROBLEMS, ProblemType, Refused
+from app.http.problems import SERVICE_PROBLEMS, UNREACHABLE, ProblemType, Refused
 
 SESSION_NOT_FOUND = ProblemType(
     "session_not_found",
@@ -17,7 +17,7 @@ SESSION_NOT_FOUND = ProblemType(
     "Check the id: 36 characters, lower case. Ended sessions are removed after "
     "ARBITER_RETENTION_SECS, and a memory store loses all sessions in a restart. Create a new "
     "session if the task should continue.",
-    "There is no such task session; a new one is needed to continue.",
+    "This task cannot go on as it is; stop and ask a person.",
     next_action=NextAction.NEW_SESSION.value,
 )
 AGENT_MISMATCH = ProblemType(
@@ -27,7 +27,7 @@ AGENT_MISMATCH = ProblemType(
     "The session does not belong to the agent that the request names.",
     "Send the agent_id that the session was created for, or leave it out. If an agent "
     "presented another agent's session id, find out how it got that id.",
-    "This task session belongs to another agent; stop using it.",
+    "This task belongs to another agent; stop here.",
 )
 SESSION_CLOSED = ProblemType(
     "session_closed",
@@ -36,7 +36,7 @@ SESSION_CLOSED = ProblemType(
     "The session has been closed and cannot be reopened.",
     "This session was ended on purpose, alone or with all sessions of its agent. Ask the "
     "operator before you create another one.",
-    "This task session has been closed; stop here.",
+    "This task has been closed; stop here.",
 )
 SESSION_EXPIRED = ProblemType(
     "session_expired",
@@ -45,25 +45,26 @@ SESSION_EXPIRED = ProblemType(
     "The session's time limit has passed.",
     "Repeating the call cannot help. Create a new session if the task should continue, with a "
     "longer time_limit_secs if this happens often.",
-    "The time for this task is up; a new session is needed to continue.",
+    "The time for this task is up; stop here, or ask a person.",
 )
 AGENT_FROZEN = ProblemType(
     "agent_frozen",
     403,
     "Agent frozen",
-    "An operator has frozen the agent: everything that it does is denied until it is unfrozen. "
-    "GET /agents/AGENT says since when, and why.",
+    "An operator has frozen the agent: everything that it does is denied. The same request can "
+    "pass once somebody lifts the freeze. GET /agents/AGENT says why.",
     "DELETE /agents/AGENT/freeze lifts it. Its sessions are not closed.",
-    "Everything that this agent does has been stopped for now; ask a person.",
+    "This agent has been suspended; ask a person.",
     next_action=NextAction.ASK_OPERATOR.value,
 )
 SESSION_PAUSED = ProblemType(
     "session_paused",
     409,
     "Session paused",
-    "The session is paused: it admits no calls until it is resumed. Its time goes on.",
-    "An operator holds this session. POST /sessions/SESSION/resume lets it go on.",
-    "This task has been paused; wait until a person lets it go on.",
+    "The session is paused: the same request can pass once somebody resumes it. Its time limit "
+    "keeps running.",
+    "An operator holds this session. POST /sessions/SESSION/resume lets it admit calls again.",
+    "This task is paused; wait until a person resumes it.",
     next_action=NextAction.ASK_OPERATOR.value,
 )
 REVISION_CONFLICT = ProblemType(
@@ -118,10 +119,11 @@ TOO_MANY_SESSIONS = ProblemType(
     "too_many_sessions",
     429,
     "Too many sessions",
-    "The agent has reached this server's cap on active sessions.",
+    "The agent has reached this server's cap on active sessions. The same request can pass "
+    "once one of them is closed or has expired.",
     "Close a session that is no longer needed, or wait for one to expire. The cap is "
     "ARBITER_MAX_ACTIVE_SESSIONS_PER_AGENT.",
-    "This agent has too many open tasks; finish one first, or ask a person.",
+    "This agent has too many tasks at once; finish one first, or ask a person.",
 )
 IDEMPOTENCY_CONFLICT = ProblemType(
     "idempotency_conflict",
@@ -130,7 +132,7 @@ IDEMPOTENCY_CONFLICT = ProblemType(
     "This idempotency key was used before, for a different request.",
     "Use a new key for each request, and repeat a request unchanged when you retry it with its "
     "key.",
-    "The call could not be checked; stop here.",
+    UNREACHABLE,
 )
 GRANT_EXCEEDS_KEY = ProblemType(
     "grant_exceeds_key",
@@ -151,8 +153,8 @@ AGENT_MESSAGES = {
     "tools that are.",
     NextAction.LOWER_SENSITIVITY: "This data is too sensitive for this task; use other data, "
     "or ask a person.",
-    NextAction.NEW_SESSION: "No more calls are possible in this task; a new session is needed "
-    "to continue.",
+    NextAction.NEW_SESSION: "No more calls are possible in this task; stop here, or ask a "
+    "person.",
     NextAction.ASK_OPERATOR: "This task does not allow that; stop and ask a person.",
 }
 """What to tell the agent when calls are denied: it depends on what can help."""

@@ -107,6 +107,7 @@ UuidText = Annotated[
     AfterValidator(canonical_uuid),
     WithJsonSchema({"type": "string", "format": "uuid", "examples": [AGENT_ID_EXAMPLE]}),
 ]
+RequestIdText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 ToolName = Annotated[str, StringConstraints(pattern=TOOL_NAME_PATTERN)]
 ToolEntry = Annotated[str, StringConstraints(pattern=TOOL_ENTRY_PATTERN)]
 Tier = Annotated[DataSensitivity, BeforeValidator(_tier)]
@@ -284,6 +285,12 @@ class UpdateSession(_Request):
                 raise ValueError(f"{absolute} and {relative} cannot be sent together")
         return self
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether a repetition would change the session again."""
+        # To add or remove a tool twice comes to the same.
+        return bool(self.add_calls or self.add_secs)
+
     def to_amendment(self) -> Amendment:
         """Return the requested changes."""
         tools = self.authorized_tools
@@ -327,6 +334,18 @@ class UpdateReplica(_Request):
     )
     log_level: Annotated[LogLevel | None, NotNull] = Field(
         default=None, description="The level of the log, until the process ends."
+    )
+
+
+class Paused(BaseModel):
+    """Who paused a session, when and why."""
+
+    at: datetime
+    by: Annotated[str | None, NotNull] = Field(
+        default=None, description="The name of the key, if there are keys."
+    )
+    reason: Annotated[str | None, NotNull] = Field(
+        default=None, description="Absent if none was given."
     )
 
 
@@ -383,6 +402,11 @@ class Session(BaseModel):
     rate_window_calls: Count
     status: SessionStatus
     is_active: bool = Field(description="Whether it is active with budget left.")
+    paused: Annotated[Paused | None, NotNull] = Field(
+        default=None,
+        description="Who paused it. Only for keys of operators, from the routes about one "
+        "session, and while it is paused.",
+    )
 
 
 class SessionPage(BaseModel):
@@ -436,8 +460,8 @@ class AgentPage(BaseModel):
     )
 
 
-class FreezeAgent(_Request):
-    """Why to freeze an agent."""
+class Reason(_Request):
+    """Why an operator does something."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"reason": "Deletes files that it should read"}]}
@@ -446,6 +470,10 @@ class FreezeAgent(_Request):
     reason: Annotated[str, StringConstraints(max_length=MAX_INTENT_CHARS)] = Field(
         default="", description="For people. Stored, never interpreted."
     )
+
+
+NO_REASON = Reason()
+"""What a request without a body means."""
 
 
 class AgentSessionsClosed(BaseModel):
@@ -481,6 +509,9 @@ class DeniedOperation(StrEnum):
     CALL = "call"
     BATCH = "batch"
     CLOSE = "close"
+    AMEND = "amend"
+    PAUSE = "pause"
+    RESUME = "resume"
 
 
 class Denial(BaseModel):
@@ -536,7 +567,7 @@ class Replica(BaseModel):
         json_schema_extra={
             "examples": [
                 {
-                    "version": "1.0.0",
+                    "version": "0.1.0",
                     "store": "redis://arbiter:***@engine:6379/0",
                     "started_at": "2026-01-01T12:00:00.000000Z",
                     "draining": False,

@@ -1,4 +1,4 @@
-"""Routes that create, read, list and close sessions."""
+"""Routes that create, read, list, change and close sessions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from app.api.encode import (
     changed_response,
     created_response,
     denied_response,
-    encode_session,
     page_response,
+    session_response,
 )
 from app.api.openapi import (
     ALWAYS,
+    CHANGE_BODY,
     CHANGED_HEADERS,
     CREATED_HEADERS,
     SESSION_LINKS,
@@ -44,7 +45,9 @@ from app.api.problem_types import (
     session_not_found,
 )
 from app.api.schemas import (
+    NO_REASON,
     CreateSession,
+    Reason,
     Session,
     SessionPage,
     ToolName,
@@ -55,9 +58,9 @@ from app.domain.admission import Denied
 from app.domain.ceilings import GrantExceedsKey
 from app.domain.session import SessionStatus
 from app.http.auth import Scope
-from app.http.problems import SESSION_LIMIT_REACHED
+from app.http.problems import SESSION_LIMIT_REACHED, Repeat
 from app.http.request import StrictRequest
-from app.http.response import RawResponse, json_response
+from app.http.response import RawResponse
 from app.http.route import StrictRoute, allow
 from app.store.contract import SessionFilter
 
@@ -103,7 +106,7 @@ async def create_session(
     except GrantExceedsKey as error:
         raise grant_exceeds_key(error.limits) from None
     if isinstance(decision, Denied):
-        return denied_response(decision, request)
+        return denied_response(decision, request, body.agent_id)
     return created_response(decision, request)
 
 
@@ -155,12 +158,15 @@ async def list_sessions(
     responses=problem_responses(SESSION_NOT_FOUND, *ALWAYS),
     openapi_extra=allow(Scope.PROXY, Scope.OPERATE),
 )
-async def get_session(session_id: SessionId, service: Service) -> RawResponse:
-    """Return the session as it is now. Reading it changes nothing."""
+async def get_session(
+    request: StrictRequest, session_id: SessionId, service: Service
+) -> RawResponse:
+    """Return the session as it is now. Reading it changes nothing. Keys of operators also see
+    who paused it, when and why."""
     session = await service.get_session(session_id)
     if session is None:
         raise session_not_found()
-    return json_response(200, encode_session(session), [])
+    return session_response(session, request.caller)
 
 
 @router.delete(
@@ -206,6 +212,7 @@ async def update_session(
     """Change the terms of a session that has not ended. Nothing is refilled: the calls made and
     the rate window stay as they are. An Idempotency-Key makes a relative change safe to
     retry."""
+    request.safety = Repeat.RELATIVE if body.is_relative else Repeat.HARMLESS
     try:
         outcome = await service.amend_session(
             session_id,
@@ -225,15 +232,22 @@ async def update_session(
     summary="Pause a session",
     tags=["sessions"],
     response_model=Session,
-    responses=problem_responses(*_CHANGE, *ALWAYS),
+    responses=problem_responses(*_CHANGE, *CHANGE_BODY, *ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
 async def pause_session(
-    request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
+    *,
+    request: StrictRequest,
+    session_id: SessionId,
+    service: Service,
+    actor: RequestActor,
+    body: Reason = NO_REASON,
 ) -> RawResponse:
-    """Hold a session: it admits no calls until it is resumed. Its time goes on. Pausing it
-    twice changes nothing."""
-    return changed_response(await service.pause_session(session_id, actor), request)
+    """Hold a session: it admits no calls until it is resumed. Its time limit keeps running.
+    Pausing it twice changes nothing."""
+    request.safety = Repeat.HARMLESS
+    outcome = await service.pause_session(session_id, body.reason, actor)
+    return changed_response(outcome, request)
 
 
 @router.post(
@@ -242,12 +256,19 @@ async def pause_session(
     summary="Resume a session",
     tags=["sessions"],
     response_model=Session,
-    responses=problem_responses(*_CHANGE, *ALWAYS),
+    responses=problem_responses(*_CHANGE, *CHANGE_BODY, *ALWAYS),
     openapi_extra=allow(Scope.OPERATE),
 )
 async def resume_session(
-    request: StrictRequest, session_id: SessionId, service: Service, actor: RequestActor
+    *,
+    request: StrictRequest,
+    session_id: SessionId,
+    service: Service,
+    actor: RequestActor,
+    body: Reason = NO_REASON,
 ) -> RawResponse:
     """Let a paused session admit calls again. Resuming one that is not paused changes
     nothing."""
-    return changed_response(await service.resume_session(session_id, actor), request)
+    request.safety = Repeat.HARMLESS
+    outcome = await service.resume_session(session_id, body.reason, actor)
+    return changed_response(outcome, request)

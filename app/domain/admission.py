@@ -78,13 +78,17 @@ class Denied(msgspec.Struct, frozen=True, gc=False):
     limit: int | None = None
     used: int | None = None
     requested: int | None = None
+    since: int | None = None
+    """Since when the agent is frozen, or when an idempotency key was first used. An instant."""
 
 
 NO_SESSION = Denied(DenialCode.SESSION_NOT_FOUND, NextAction.NEW_SESSION)
 """Rule 1: the session does not exist."""
 
-KEY_CONFLICT = Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.FIX_REQUEST)
-"""The idempotency key was used before, for a different request."""
+
+def key_conflict(first_used_at: int) -> Denied:
+    """The idempotency key was used at `first_used_at`, for a different request."""
+    return Denied(DenialCode.IDEMPOTENCY_CONFLICT, NextAction.FIX_REQUEST, since=first_used_at)
 
 
 def too_many_sessions(cap: int, active: int) -> Denied:

@@ -1,9 +1,9 @@
 """Transitions: the changes of a session's terms.
 
-A transition is a pure function of the session and the instant. It returns the new terms, the
-very terms it was given if there is nothing to change, or the denial if this session cannot be
-changed so. Stores apply it atomically (`SessionStore.change`). What a transition does not name
-stays: no change refills a budget or a rate window.
+A transition is a pure function of the session and the instant. It returns new terms, the same
+object if nothing changes, or a `Denied` if the change is not allowed. Stores apply it
+atomically (`SessionStore.change`). What a transition does not name stays: no change refills a
+budget or a rate window.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from app.domain.session import (
     ClosedBy,
     DataSensitivity,
     Grant,
+    PausedBy,
     Session,
     Terms,
 )
@@ -55,18 +56,26 @@ def close(by: ClosedBy) -> Transition:
     return transition
 
 
-def pause(session: Session, now: int) -> Terms | Denied:
-    """Hold the session: it admits no calls until it is resumed. Its time goes on."""
-    if session.terms.paused_at is not None:
-        return check_running(session, now) or session.terms
-    return check_running(session, now) or session.terms.changed(paused_at=now)
+def pause(by: PausedBy) -> Transition:
+    """Hold the session: it admits no calls until it is resumed. Its time limit keeps running.
+    One that is paused stays as it is."""
+
+    def transition(session: Session, now: int) -> Terms | Denied:
+        ended = check_running(session, now)
+        if ended is not None:
+            return ended
+        if session.terms.paused_at is not None:
+            return session.terms
+        return session.terms.changed(paused_at=now, paused_by=by)
+
+    return transition
 
 
 def resume(session: Session, now: int) -> Terms | Denied:
     """Let a paused session admit calls again."""
     if session.terms.paused_at is None:
         return check_running(session, now) or session.terms
-    return check_running(session, now) or session.terms.changed(paused_at=None)
+    return check_running(session, now) or session.terms.changed(paused_at=None, paused_by=None)
 
 
 def check_running(session: Session, now: int) -> Denied | None:

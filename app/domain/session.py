@@ -88,6 +88,21 @@ class ClosedBy(msgspec.Struct, frozen=True, gc=False):
     """Whether all sessions of the agent were closed together."""
 
 
+class PausedBy(msgspec.Struct, frozen=True, gc=False):
+    """Who paused a session, and why."""
+
+    actor: str
+    """The name of the API key; empty if the service runs without keys."""
+    reason: str = ""
+
+
+class Marks(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """Who did what to a session: the part of its terms that stores keep as one text."""
+
+    closed_by: ClosedBy | None = None
+    paused_by: PausedBy | None = None
+
+
 class Terms(msgspec.Struct, frozen=True, gc=False):
     """What a session allows, and when it began and ends."""
 
@@ -100,8 +115,10 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     """Grows by one with every change of the terms. Anything cached about them is good for one
     session id and one `rev`."""
     closed_by: ClosedBy | None = None
-    """`None` if it is not closed, or if an older version closed it."""
+    """`None` if it is not closed."""
     paused_at: int | None = None
+    paused_by: PausedBy | None = None
+    """`None` if it is not paused."""
 
     def changed(self, **changes: Any) -> Terms:
         """The next revision, with these changes."""

@@ -6,6 +6,8 @@ The codes about sessions are in `app.api.problem_types`.
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Iterable
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
@@ -52,6 +54,9 @@ class ProblemType(NamedTuple):
         )
 
 
+UNREACHABLE = "This tool cannot be reached now; stop here."
+"""For the agent, when its proxy or a gateway has made a mistake."""
+
 VALIDATION_FAILED = ProblemType(
     "validation_failed",
     422,
@@ -59,16 +64,17 @@ VALIDATION_FAILED = ProblemType(
     "The request has fields that are missing, unknown or invalid; see errors.",
     "Correct the fields that errors lists, and send the request again. Nothing is coerced: 5 "
     'is an integer, but 5.0 and "5" are not. /openapi.json and /docs describe every field.',
+    UNREACHABLE,
 )
 INVALID_CHECK = ProblemType(
     "invalid_check",
     400,
     "Invalid check",
-    "What a gateway asks has headers or fields that are missing, repeated or invalid; see "
+    "The gateway's check request has missing, repeated or invalid headers or fields; see "
     "errors.",
     "Correct what errors lists, in the configuration of the gateway or in the client. A "
     "gateway must replace the headers that it sends, never add to those of the client.",
-    "The call could not be checked; stop here.",
+    UNREACHABLE,
 )
 MALFORMED_JSON = ProblemType(
     "malformed_json",
@@ -77,7 +83,7 @@ MALFORMED_JSON = ProblemType(
     "The body is not a single JSON document in UTF-8.",
     "Send JSON (RFC 8259) in UTF-8, without a byte order mark, NaN, Infinity, or duplicate "
     "keys in an object.",
-    "The call could not be checked; stop here.",
+    UNREACHABLE,
 )
 UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "unsupported_media_type",
@@ -86,6 +92,7 @@ UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "The body must be JSON in UTF-8. Send exactly one header, Content-Type: application/json",
     "With curl -d, add -H 'content-type: application/json'; without it curl declares a form. "
     "Do not compress the body.",
+    UNREACHABLE,
 )
 PAYLOAD_TOO_LARGE = ProblemType(
     "payload_too_large",
@@ -125,6 +132,7 @@ MISDIRECTED_REQUEST = ProblemType(
     "Without API keys this service serves only the hosts localhost, 127.0.0.1 and [::1].",
     "Use one of these hosts in the URL, or set ARBITER_API_KEYS. The check keeps web pages "
     "from reaching the service under their own host names (DNS rebinding).",
+    UNREACHABLE,
 )
 STORE_UNAVAILABLE = ProblemType(
     "store_unavailable",
@@ -182,6 +190,7 @@ NOT_FOUND = ProblemType(
     "Not found",
     "This service has nothing at this path; /openapi.json lists the paths of its API.",
     "Write the path as in /openapi.json, without a trailing slash or percent-encoding.",
+    UNREACHABLE,
 )
 METHOD_NOT_ALLOWED = ProblemType(
     "method_not_allowed",
@@ -189,6 +198,7 @@ METHOD_NOT_ALLOWED = ProblemType(
     "Method not allowed",
     "This path does not support the method; the Allow header lists those it supports.",
     "Use a method from the Allow header. /openapi.json and /docs describe each of them.",
+    UNREACHABLE,
 )
 MALFORMED_REQUEST = ProblemType(
     "malformed_request",
@@ -197,6 +207,7 @@ MALFORMED_REQUEST = ProblemType(
     "The request is not valid HTTP/1.0 or 1.1, or it could be understood in more than one way.",
     "Send HTTP/1.1 (RFC 9112) with exactly one Host, and a body with either one "
     "Content-Length or Transfer-Encoding: chunked. HTTPS and HTTP/2 need a reverse proxy.",
+    UNREACHABLE,
 )
 HEADERS_TOO_LARGE = ProblemType(
     "headers_too_large",
@@ -260,6 +271,8 @@ class Repeat(Enum):
     """It records nothing."""
     HARMLESS = auto()
     """It asks for a state, which cannot be reached twice."""
+    RELATIVE = auto()
+    """It changes a session by so much more, and would do so again."""
     KEYED = auto()
     """Its idempotency key keeps it from being recorded twice."""
     MAY_COUNT_TWICE = auto()
@@ -269,10 +282,13 @@ _UNKNOWN_DETAILS = {
     Repeat.HARMLESS: "The request may have taken effect. Repeating it is safe.",
     Repeat.KEYED: "The request may have been recorded. Repeat it with the same "
     "Idempotency-Key, which cannot record it twice.",
-    Repeat.MAY_COUNT_TWICE: "The request may have been recorded, but no permission was given: "
-    "let no call through, and do not repeat it. To find out, read the session: calls_made has "
-    "grown if it was counted; for a creation, list the agent's sessions. With an "
-    "Idempotency-Key a repetition is safe.",
+    Repeat.RELATIVE: "The change may have been made; do not just repeat it. To find out, read "
+    "the session: its revision has grown if it was. With an Idempotency-Key a repetition is "
+    "safe.",
+    Repeat.MAY_COUNT_TWICE: "The call may have been counted, but you have not been told that "
+    "it is allowed. Do not make it and do not retry. To find out, read the session: calls_made "
+    "has grown if it was counted; for a creation, list the agent's sessions. With an "
+    "Idempotency-Key a retry is safe.",
 }
 
 
@@ -298,6 +314,11 @@ class Refused(Exception):
         self.headers = headers or []
 
 
+FieldError = dict[str, Any]
+"""Where and why a field is invalid: `in`, `field`, `detail`, and for a name that is not known
+there, the names that are (`known`)."""
+
+
 def invalid_field(
     location: str, field: str, detail: str, kind: ProblemType = VALIDATION_FAILED
 ) -> Refused:
@@ -306,19 +327,36 @@ def invalid_field(
 
 
 def invalid_fields(
-    errors: list[dict[str, str]], kind: ProblemType = VALIDATION_FAILED
+    errors: list[FieldError],
+    kind: ProblemType = VALIDATION_FAILED,
+    *,
+    no_such_tool: bool = False,
 ) -> Refused:
-    """Return the refusal of a request with invalid fields."""
+    """Return the refusal of a request with invalid fields. `no_such_tool` says that all that is
+    wrong is a name of a tool, which the agent chose: it is no mistake of the program."""
     members: dict[str, Any] = {"errors": errors}
-    if any(each["field"].partition("/")[0] in _TOOL_FIELDS for each in errors):
+    if no_such_tool:
         members["agent_message"] = "There is no tool with this name; use a tool's exact name."
-        # Not the program's mistake: an agent chose the name.
         members["next_action"] = "use_authorized_tool"
     return Refused(kind, members=members)
 
 
-_TOOL_FIELDS = ("tool_name", "tool_names", "X-Arbiter-Tool", "X-Mcp-Toolname", "Mcp-Name")
-"""Fields and headers whose value an agent can choose."""
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def unknown_field(location: str, name: str, known: Iterable[str]) -> FieldError:
+    """Say that a field or parameter is not known, and which are. Its name is input, so it is
+    repeated only if it is harmless."""
+    safe = _SAFE_NAME.fullmatch(name) is not None
+    known = sorted(known)
+    return {
+        "in": location,
+        "field": name if safe else "",
+        "detail": f"is not known here; use {', '.join(known)}"
+        if known
+        else "is not known here; there are none",
+        "known": known,
+    }
 
 
 class Asked(Protocol):
@@ -380,8 +418,9 @@ def _transient_response(
         members = {"outcome": "unknown"}
         if repeat is Repeat.KEYED:
             members["next_action"] = "retry_with_same_key"
-        elif repeat is Repeat.MAY_COUNT_TWICE:
+        elif repeat in (Repeat.MAY_COUNT_TWICE, Repeat.RELATIVE):
             members |= {"retryable": False, "next_action": "stop"}
+        if repeat is Repeat.MAY_COUNT_TWICE:
             members["agent_message"] = (
                 "This call could not be checked, so it was not made; stop here."
             )
@@ -422,6 +461,9 @@ def problem_response(
     }
     if kind.agent_message is not None:
         body["agent_message"] = kind.agent_message
+    waits = retryable and kind.status == HTTPStatus.SERVICE_UNAVAILABLE
+    if waits:
+        body["retry_after_secs"] = _RETRY_AFTER_SECS
     encoded = to_json(body | members)
     all_headers = [
         _PROBLEM_JSON,
@@ -429,6 +471,6 @@ def problem_response(
         *headers,
         _SHOULD_RETRY if retryable else _SHOULD_NOT_RETRY,
     ]
-    if retryable and kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if waits:
         all_headers.append((b"retry-after", b"%d" % _RETRY_AFTER_SECS))
     return RawResponse(kind.status, all_headers, encoded)

@@ -23,12 +23,18 @@ from app.http.problems import (
     MALFORMED_JSON,
     PAYLOAD_TOO_LARGE,
     UNSUPPORTED_MEDIA_TYPE,
+    FieldError,
     Refused,
     Repeat,
     invalid_field,
+    invalid_fields,
+    unknown_field,
 )
 
 MAX_BODY_BYTES = 65_536
+
+MAX_UNKNOWN = 20
+"""Parameters that are named in one response as not known."""
 
 _READS = frozenset({"GET", "HEAD"})
 _IDEMPOTENT = frozenset({"PUT", "DELETE"})
@@ -38,10 +44,6 @@ _MERGE_PATCH = "application/merge-patch+json"
 _PLACE = re.compile(r" at (line \d+ column \d+)$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PLAIN_DIGITS = len(str(MAX_BODY_BYTES)) - 1
-
-
-FieldError = dict[str, str]
-"""Where and why a field is invalid."""
 
 
 class StrictRequest(Request):
@@ -59,6 +61,8 @@ class StrictRequest(Request):
     """The query parameters that are valid."""
     query_errors: Sequence[FieldError] = ()
     """What is wrong with others."""
+    safety: Repeat | None = None
+    """What happens if the request is repeated, if its route knows better than its method."""
     records = True
     """Whether the request may record something, unless its method or query says not."""
 
@@ -85,9 +89,13 @@ class StrictRequest(Request):
         method = self.scope["method"]
         if method in _READS or not self.records or self.query.get("dry_run") is True:
             return Repeat.READS
+        if self.safety is Repeat.HARMLESS:
+            return Repeat.HARMLESS
         if method in _IDEMPOTENT:
             return Repeat.HARMLESS
-        return Repeat.KEYED if self.has_header(b"idempotency-key") else Repeat.MAY_COUNT_TWICE
+        if self.has_header(b"idempotency-key"):
+            return Repeat.KEYED
+        return self.safety or Repeat.MAY_COUNT_TWICE
 
     @property
     def has_body(self) -> bool:
@@ -147,9 +155,8 @@ def parse_query(sent: bytes, known: Sequence[str]) -> dict[str, str]:
     """The parameters of a query. Raises `Refused` for one that is unknown or repeated."""
     pairs = parse_qsl(sent.decode("latin-1"), keep_blank_values=True)
     found = dict(pairs)
-    if not found.keys() <= set(known):
-        takes = f"use {', '.join(sorted(known))}" if known else "there are none here"
-        raise invalid_field("query", "", f"has unknown parameters; {takes}")
+    if unknown := [name for name in found if name not in known][:MAX_UNKNOWN]:
+        raise invalid_fields([unknown_field("query", name, known) for name in unknown])
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         (twice, *_) = (name for name in found if names.count(name) > 1)

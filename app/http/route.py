@@ -39,13 +39,15 @@ from app.http.problems import (
     UNAUTHENTICATED,
     VALIDATION_FAILED,
     Failure,
+    FieldError,
     ProblemType,
     Refused,
     Repeat,
     failed_response,
     invalid_fields,
+    unknown_field,
 )
-from app.http.request import FieldError, StrictRequest, parse_query
+from app.http.request import StrictRequest, parse_query
 from app.http.response import RawResponse
 
 MAX_FIELD_ERRORS = 20
@@ -92,6 +94,7 @@ class Handler:
         self._defaults: dict[str, Any] = {}
         """Of query parameters."""
         self._to_model: Callable[[Any], Any] | None = None
+        self._known_fields: tuple[str, ...] = ()
         self._default_body: Any = inspect.Parameter.empty
         signature = inspect.signature(route.endpoint, eval_str=True)
         for name, parameter in signature.parameters.items():
@@ -106,6 +109,7 @@ class Handler:
                 self._read.append((name, _body))
                 self._default_body = parameter.default
                 self._to_model = TypeAdapter(annotation).validator.validate_python
+                self._known_fields = tuple(getattr(annotation, "model_fields", ()))
             else:
                 self._defaults[name] = parameter.default
                 self._query[name] = TypeAdapter(annotation)
@@ -181,22 +185,30 @@ class Handler:
             challenge = b'Bearer error="insufficient_scope", scope="%b"' % b" ".join(
                 scope.encode() for scope in needed or self._scopes
             )
-            raise Refused(INSUFFICIENT_SCOPE, headers=[(b"www-authenticate", challenge)])
+            raise Refused(
+                INSUFFICIENT_SCOPE,
+                members={"needed_scopes": [scope.value for scope in needed or self._scopes]},
+                headers=[(b"www-authenticate", challenge)],
+            )
 
     def _validate(self, request: StrictRequest) -> None:
         """Replace the body by what it means. Raises `Refused` with all that is wrong about it
         and the query."""
         errors = request.query_errors
+        no_such_tool = False
         if self._to_model is not None and request.body is not self._default_body:
             try:
                 request.body = self._to_model(request.body)
             except ValidationError as error:
-                errors = [*errors, *field_errors("body", (), error)]
+                no_such_tool = not errors and names_no_tool(error)
+                errors = [*errors, *field_errors("body", (), error, self._known_fields)]
         if errors:
             # A path or a header that is not valid comes first.
             for _, read in self._read:
                 read(request)
-            raise invalid_fields([*errors[:MAX_FIELD_ERRORS]], self.invalid)
+            raise invalid_fields(
+                [*errors[:MAX_FIELD_ERRORS]], self.invalid, no_such_tool=no_such_tool
+            )
 
     def _parse_query(self, sent: bytes) -> tuple[Mapping[str, Any], Sequence[FieldError]]:
         """The valid parameters of a query, and what is wrong with others. Raises `Refused`."""
@@ -229,18 +241,34 @@ def _itself(request: StrictRequest) -> StrictRequest:
     return request
 
 
+_NAMES_OF_TOOLS = {"tool_name", "tool_names", "resource"}
+"""Fields that hold what an agent chose."""
+
+
+def names_no_tool(error: ValidationError) -> bool:
+    """Return whether all that is wrong are names of tools, which are text but no name."""
+    return all(
+        each["type"] == "string_pattern_mismatch" and each["loc"][0] in _NAMES_OF_TOOLS
+        for each in error.errors(include_url=False, include_context=False, include_input=False)
+    )
+
+
 def field_errors(
-    where: str, start: tuple[str, ...], error: ValidationError
+    where: str,
+    start: tuple[str, ...],
+    error: ValidationError,
+    known: Sequence[str] = (),
 ) -> list[FieldError]:
-    """Where and why fields are invalid, without the input. The name of an unknown field is
-    input too."""
+    """Where and why fields are invalid, without the input. `known` are the names of the fields
+    there are."""
     found = []
     for each in error.errors(include_url=False, include_context=False, include_input=False):
         path, detail = [*start, *map(str, each["loc"])], each["msg"]
         if each["type"] == "extra_forbidden":
-            path, detail = path[:-1], "has an unknown field; /docs lists the fields"
-        detail = detail.removeprefix("Value error, ")
-        found.append({"in": where, "field": "/".join(path), "detail": detail})
+            found.append(unknown_field(where, path[-1], known))
+        else:
+            detail = detail.removeprefix("Value error, ")
+            found.append({"in": where, "field": "/".join(path), "detail": detail})
         if len(found) == MAX_FIELD_ERRORS:
             break
     return found

@@ -101,7 +101,7 @@ class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
     revision: int | None = None
     """Of the terms, after a change."""
     reason: str = ""
-    """Why an agent was frozen."""
+    """Why an agent was frozen, or a session paused or resumed."""
     before: Counters | None = None
     after: Counters | None = None
     count: int | None = None

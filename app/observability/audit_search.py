@@ -42,6 +42,7 @@ class _Line(msgspec.Struct):
     event: str
     outcome: str = ""
     caller: str = ""
+    request_id: str = ""
     session: str = ""
     session_sha256: str = ""
     agent_id: str = ""
@@ -59,6 +60,7 @@ class Wanted(NamedTuple):
     agent_id: str | None = None
     outcome: str | None = None
     caller: str | None = None
+    request_id: str | None = None
     since: datetime | None = None
     """The first instant wanted."""
     until: datetime | None = None
@@ -69,6 +71,7 @@ class Wanted(NamedTuple):
         return (
             (self.outcome is None or line.outcome == self.outcome)
             and (self.caller is None or line.caller == self.caller)
+            and (self.request_id is None or line.request_id == self.request_id)
             and (self.agent_id is None or line.agent_id == self.agent_id)
             and (self.session is None or _is_about(line, self.session))
             and (self.since is None or line.at >= self.since)

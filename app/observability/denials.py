@@ -1,7 +1,7 @@
 """The latest denials that this process gave, in memory.
 
-Noting a denial only appends a small tuple: a service under attack denies as often as it can.
-What is read from the tuple is built when an operator asks.
+Recording a denial must be cheap, because an attack causes very many. It appends one tuple; the
+rest is built when an operator asks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Denial(NamedTuple):
     at: int
     """Microseconds since the Unix epoch, by the wall clock of this machine."""
     operation: str
-    """`create`, `call`, `batch` or `close`."""
+    """`create`, `call`, `batch`, `close`, `amend`, `pause` or `resume`."""
     code: DenialCode
     actor: Actor
     session_id: str
@@ -98,14 +98,18 @@ class Denials:
         session_id: str | None = None,
         agent_id: str | None = None,
         code: DenialCode | None = None,
+        request_id: str | None = None,
+        since: int | None = None,
     ) -> Iterator[Denial]:
-        """The latest denials that match every filter given, newest first. Read them before
-        another is noted."""
+        """The latest denials that match every filter given, newest first, and not before the
+        instant `since`. Read them before another is noted."""
         found = (
             denial
             for denial in map(Denial._make, reversed(self._kept))
             if (session_id is None or denial.session_id == session_id)
             and (agent_id is None or denial.agent_id == agent_id)
             and (code is None or denial.code is code)
+            and (request_id is None or denial.actor.request_id == request_id)
+            and (since is None or denial.at >= since)
         )
         return islice(found, limit)

@@ -193,17 +193,25 @@ class Events:
             )
 
     def changed(
-        self, kind: str, session_id: str, outcome: Changed | Denied, actor: Actor
+        self,
+        kind: str,
+        session_id: str,
+        outcome: Changed | Denied,
+        actor: Actor,
+        reason: str = "",
     ) -> None:
         """Report a change of a session's terms other than closing: `amend`, `pause` or
-        `resume`."""
-        told = outcome.code.value if isinstance(outcome, Denied) else "done"
-        if isinstance(outcome, Changed) and outcome.replayed:
-            told = "replayed"
+        `resume`, which come with a reason."""
+        if isinstance(outcome, Denied):
+            self._change_denied(kind, session_id, outcome, actor)
+            return
         session = outcome.session
+        result = "replayed" if outcome.replayed else "done"
         if self._audit is not None:
-            self._audit.note(kind, told, actor, session_id=session_id, session=session)
-        if told != "done" or session is None:
+            self._audit.note(
+                kind, result, actor, session_id=session_id, session=session, reason=reason
+            )
+        if outcome.replayed:
             return
         self._metrics.changes[kind] += 1
         self._log.info(
@@ -214,6 +222,22 @@ class Events:
             change=kind,
             revision=session.terms.rev,
         )
+
+    def _change_denied(self, kind: str, session_id: str, denied: Denied, actor: Actor) -> None:
+        code = denied.code.value
+        if self._audit is not None:
+            self._audit.note(kind, code, actor, session_id=session_id, session=denied.session)
+        self._denials.note(kind, denied, actor, session_id=session_id)
+        self._metrics.decisions[kind, code] += 1
+        if self._limit.admits(code):
+            self._log.info(
+                "change denied",
+                request_id=actor.request_id,
+                caller=actor.caller,
+                session_id=short(session_id),
+                change=kind,
+                reason=code,
+            )
 
     def agent_changed(self, kind: str, agent_id: str, actor: Actor, reason: str) -> None:
         """Report that an agent was frozen or unfrozen."""
@@ -230,15 +254,7 @@ class Events:
     def closed(self, session_id: str, outcome: Changed | Denied, actor: Actor) -> None:
         """Report an attempt to close a session."""
         if isinstance(outcome, Denied):
-            if self._audit is not None:
-                self._audit.note(
-                    "close",
-                    outcome.code.value,
-                    actor,
-                    session_id=session_id,
-                    session=outcome.session,
-                )
-            self._denials.note("close", outcome, actor, session_id=session_id)
+            self._change_denied("close", session_id, outcome, actor)
             return
         session = outcome.session
         if self._audit is not None:

@@ -157,7 +157,8 @@ class Metrics:
     def _families(self, totals: Totals | None) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
             "arbiter_decisions",
-            "Decisions by operation and outcome: admitted, replayed or a denial code.",
+            "Decisions by operation and outcome: admitted, replayed or a denial code. Changes "
+            "are here only if they are denied.",
             labels=("operation", "outcome"),
         )
         for labels, count in self.decisions.items():

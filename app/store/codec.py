@@ -8,7 +8,7 @@ import msgspec
 
 from app.domain.admission import Admission
 from app.domain.lifecycle import Amendment
-from app.domain.session import ClosedBy, Grant
+from app.domain.session import Grant, Marks, Terms
 from app.domain.tools import AllowList
 
 
@@ -27,11 +27,11 @@ def _decode_hook(kind: type, value: Any) -> Any:
 
 _encoder = msgspec.json.Encoder(enc_hook=encode_hook)
 _grants = msgspec.json.Decoder(Grant, dec_hook=_decode_hook)
-_closed_by = msgspec.json.Decoder(ClosedBy)
-_admissions = msgspec.json.Decoder(Admission)
+_marks = msgspec.json.Decoder(Marks)
+_NO_MARKS = Marks()
 
 
-def to_text(value: Grant | Admission | ClosedBy | Amendment) -> str:
+def to_text(value: Grant | Admission | Marks | Amendment) -> str:
     """Encode a value as JSON."""
     return _encoder.encode(value).decode()
 
@@ -41,11 +41,12 @@ def to_grant(text: str) -> Grant:
     return _grants.decode(text)
 
 
-def to_closed_by(text: str) -> ClosedBy:
-    """Decode who closed a session, which `to_text` encoded."""
-    return _closed_by.decode(text)
+def marks_of(terms: Terms) -> str:
+    """Encode who closed and who paused a session; empty if nobody did."""
+    marks = Marks(terms.closed_by, terms.paused_by)
+    return "" if marks == _NO_MARKS else to_text(marks)
 
 
-def to_admission(text: str) -> Admission:
-    """Decode an admission that `to_text` encoded."""
-    return _admissions.decode(text)
+def to_marks(text: str | bytes) -> Marks:
+    """Decode what `marks_of` encoded."""
+    return _marks.decode(text) if text else _NO_MARKS

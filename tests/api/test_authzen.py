@@ -190,9 +190,9 @@ async def test_with_a_key_an_evaluation_is_the_same_again_and_counted_once(api: 
     [
         ({"subject": {"type": "session", "id": new_id()}}, "session_not_found"),
         ({"subject": {"type": "session", "id": "x"}}, "session_not_found"),
-        ({"subject": {"type": "user", "id": "alice"}}, "session_not_found"),
-        ({"action": {"name": "read"}}, "tool_not_authorized"),
-        ({"resource": {"type": "record", "id": "read_file"}}, "tool_not_authorized"),
+        ({"subject": {"type": "user", "id": "alice"}}, "invalid_check"),
+        ({"action": {"name": "read"}}, "invalid_check"),
+        ({"resource": {"type": "record", "id": "read_file"}}, "invalid_check"),
         ({"resource": {"type": "tool", "id": "rm"}}, "tool_not_authorized"),
         ({"context": {"data_sensitivity": "restricted"}}, "sensitivity_exceeded"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from app.http.auth import Scope, new_key
 from tests.conftest import Api, MakeApi
-from tests.support import AGENT, OTHER_AGENT, session_request
+from tests.support import AGENT, OTHER_AGENT, ManualClock, session_request
 
 pytestmark = pytest.mark.anyio
 
@@ -151,8 +151,11 @@ class TestPause:
         resumed = await api.client.post(f"{path}/resume")
 
         assert paused[0].json() == paused[1].json()
-        expected = {"status": "paused", "is_active": False, "revision": 2}
+        by = {"at": session["created_at"]}
+        expected = {"status": "paused", "is_active": False, "revision": 2, "paused": by}
         assert paused[0].json() == session | expected
+        assert denied.json()["since"] == by["at"]
+        assert "once somebody resumes it" in denied.json()["detail"]
         assert (denied.status_code, denied.json()["code"]) == (409, "session_paused")
         assert (denied.json()["retryable"], denied.json()["next_action"]) == (
             False,
@@ -163,6 +166,79 @@ class TestPause:
         ]
         assert resumed.json() == session | {"revision": 3}
         assert (await api.call(session["session_id"])).status_code == 200
+
+    async def test_operators_see_who_paused_a_session_when_and_why(
+        self, make_api: MakeApi, clock: ManualClock
+    ) -> None:
+        keys = {scope: new_key(scope.value, scope) for scope in (Scope.OPERATE, Scope.PROXY)}
+        api = await make_api(api_keys=tuple(key for key, _ in keys.values()))
+        proxy, operator = (
+            {"authorization": f"Bearer {keys[scope][1]}"}
+            for scope in (Scope.PROXY, Scope.OPERATE)
+        )
+        created = await api.client.post("/sessions", json=session_request(), headers=proxy)
+        path = created.headers["location"]
+        clock.advance(5)
+
+        answers = [
+            await api.client.post(f"{path}/pause", json={"reason": reason}, headers=operator)
+            for reason in ("looks odd", "another")
+        ]
+        answers.append(await api.client.get(path, headers=operator))
+        unseen = [
+            await api.client.get(path, headers=proxy),
+            await api.client.post(f"{path}/resume", json={"reason": "ok"}, headers=operator),
+        ]
+
+        at = "2026-01-01T12:00:05.000000Z"
+        paused = {"at": at, "by": "operate", "reason": "looks odd"}
+        assert [each.json()["paused"] for each in answers] == [paused] * 3
+        assert not any("paused" in each.json() for each in unseen)
+
+    @pytest.mark.parametrize("verb", ["pause", "resume"])
+    async def test_what_comes_with_a_pause_is_checked(self, api: Api, verb: str) -> None:
+        path = f"/sessions/{(await api.create())['session_id']}/{verb}"
+
+        answers = [
+            await api.post(path, {"why": "x"}),
+            await api.post(path, {"reason": 1}),
+            await api.post(path, [1]),
+            await api.client.post(path, content=b"reason=x"),
+        ]
+
+        assert [each.status_code for each in answers] == [422, 422, 422, 415]
+        assert answers[0].json()["errors"] == [
+            {
+                "in": "body",
+                "field": "why",
+                "detail": "is not known here; use reason",
+                "known": ["reason"],
+            }
+        ]
+
+    async def test_a_denied_change_is_logged_counted_and_listed(
+        self, api: Api, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        session = await api.create()
+        path = f"/sessions/{session['session_id']}"
+        await api.client.delete(path)
+        denied = [
+            await api.client.post(f"{path}/pause"),
+            await api.client.post(f"{path}/resume"),
+            await api.client.patch(path, json={"add_calls": 1}),
+            await api.client.delete(path),
+        ]
+        listed = (await api.client.get("/denials?code=session_closed")).json()["items"]
+        text = (await api.client.get("/metrics")).text
+        said = capsys.readouterr().err
+
+        assert [each.status_code for each in denied] == [409] * 4
+        verbs = ["pause", "resume", "amend", "close"]
+        assert [each["operation"] for each in listed] == verbs[::-1]
+        for verb, answer in zip(verbs, denied, strict=True):
+            line = f'{{operation="{verb}",outcome="session_closed"}} 1.0'
+            assert line in text
+            assert answer.json()["request_id"] in said
 
 
 class TestFreeze:
@@ -216,12 +292,14 @@ class TestFreeze:
         first = (await api.client.get("/agents?frozen=true&limit=1")).json()
         cursor = first["next_cursor"]
         second = (await api.client.get(f"/agents?frozen=true&cursor={cursor}")).json()
-        others = await api.client.get("/agents")
+        every = (await api.client.get("/agents")).json()
+        others = await api.client.get("/agents?frozen=false")
 
         assert [each["agent_id"] for each in first["items"]] == [OTHER_AGENT]
         assert [each["agent_id"] for each in second["items"]] == [AGENT]
         assert first["items"][0]["frozen_by"] == "ops"
         assert "next_cursor" not in second
+        assert every["items"] == first["items"] + second["items"]
         assert others.json()["code"] == "validation_failed"
 
 

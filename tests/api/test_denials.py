@@ -157,7 +157,9 @@ async def test_every_code_of_a_denial_can_be_asked_for(api: Api, code: str) -> N
         ("limit=0", "limit"),
         ("limit=501", "limit"),
         ("limit=ten", "limit"),
-        ("cursor=x", ""),
+        ("cursor=x", "cursor"),
+        ("request_id=a%20b", "request_id"),
+        ("since=yesterday", "since"),
     ],
 )
 async def test_a_filter_that_cannot_match_is_refused(api: Api, query: str, field: str) -> None:
@@ -165,6 +167,28 @@ async def test_a_filter_that_cannot_match_is_refused(api: Api, query: str, field
 
     assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
     assert [each["field"] for each in answer.json()["errors"]] == [field]
+
+
+async def test_a_denial_is_found_by_its_request_and_time(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = (await api.create(call_budget=0))["session_id"]
+    first, second = [(await api.call(session_id)).json() for _ in range(2)]
+
+    async def found(query: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = (await api.client.get(f"/denials?{query}")).json()[
+            "items"
+        ]
+        return items
+
+    (by_id,) = await found(f"request_id={first['request_id']}")
+    newest, oldest = await found("")
+
+    assert by_id == oldest
+    assert newest["request_id"] == second["request_id"]
+    assert await found(f"since={newest['at']}") in ([newest], [newest, oldest])
+    assert await found(f"since={oldest['at']}") == [newest, oldest]
+    assert await found("since=2100-01-01T00:00:00Z") == []
 
 
 async def test_100_denials_are_listed_unless_the_limit_says_otherwise(api: Api) -> None:

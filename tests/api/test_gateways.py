@@ -239,6 +239,43 @@ async def test_wrong_headers_are_400_and_cost_nothing(api: Api, what: str) -> No
     assert await api.calls_made(session[1]) == 0
 
 
+@pytest.mark.parametrize(
+    ("headers", "agent_message", "next_action"),
+    [
+        ([], "This tool cannot be reached now; stop here.", "fix_request"),
+        (
+            [("mcp-protocol-version", "2025-06-18"), ("mcp-method", "initialize")],
+            "This tool cannot be reached now; stop here.",
+            "fix_request",
+        ),
+        (
+            [("x-arbiter-tool", "")],
+            "This tool cannot be reached now; stop here.",
+            "fix_request",
+        ),
+        (
+            [("x-arbiter-tool", "no such tool")],
+            "There is no tool with this name; use a tool's exact name.",
+            "use_authorized_tool",
+        ),
+    ],
+    ids=["no tool", "an older MCP", "an empty tool", "a wrong name"],
+)
+async def test_a_mistake_of_the_gateway_is_not_the_agents(
+    api: Api, headers: Headers, agent_message: str, next_action: str
+) -> None:
+    session = (await api.create())["session_id"]
+
+    problem = (
+        await api.client.get(
+            "/authz/native", headers=[("x-arbiter-session", session), *headers]
+        )
+    ).json()
+
+    assert problem["code"] == "invalid_check"
+    assert (problem["agent_message"], problem["next_action"]) == (agent_message, next_action)
+
+
 async def test_a_session_that_does_not_exist_is_not_found(api: Api) -> None:
     names = [new_id(), new_id().upper(), "x"]
 

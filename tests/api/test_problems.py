@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.api import problem_types
-from app.api.problem_types import PROBLEM_TYPES
+from app.api.problem_types import AGENT_MESSAGES, PROBLEM_TYPES
 from app.domain.advice import DenialCode
 from app.domain.errors import (
     ShuttingDown,
@@ -21,7 +21,7 @@ from app.http.problems import ProblemType
 from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
-from tests.support import AGENT, OTHER_AGENT, ManualClock
+from tests.support import AGENT, OTHER_AGENT, START, ManualClock, session_request
 
 pytestmark = pytest.mark.anyio
 
@@ -41,10 +41,12 @@ async def test_a_denial_is_a_complete_problem(api: Api) -> None:
         "title": "Call budget exceeded",
         "status": 429,
         "code": "budget_exceeded",
-        "detail": "Call budget: 2 of 2 calls left, 3 requested. Tools: not on the "
-        "allow-list are those at the positions 0, 2, from 0. Sensitivity: at most internal "
-        "data allowed, restricted requested. Rate window of 60 s: 1 of 1 calls left, 3 "
-        "requested.",
+        "detail": "Call budget: 2 of 2 calls left, 3 requested. The tools at positions 0 and 2 "
+        "(counting from 0) are not on the allow-list. Sensitivity: at most internal data "
+        "allowed, restricted requested. Rate window of 60 s: 1 of 1 calls left, 3 requested. "
+        "No window can hold that many: send at most 1 at a time.",
+        "agent_id": session["agent_id"],
+        "session_ref": session["session_id"][:8],
         "instance": "/requests/r-1",
         "request_id": "r-1",
         "retryable": False,
@@ -131,7 +133,7 @@ class BrokenStore(MemoryStore):
     async def fail(self, *_: Any, **__: Any) -> Any:
         raise self.error
 
-    record = get = change = close_sessions_for_agent = ping = fail
+    record = get = change = close_sessions_for_agent = freeze = ping = fail
 
 
 @pytest.fixture
@@ -145,6 +147,11 @@ REQUESTS = {
     "dry run": ("POST", "/sessions/{id}/calls?dry_run=true", {}),
     "read": ("GET", "/sessions/{id}", {}),
     "close": ("DELETE", "/sessions/{id}", {}),
+    "pause": ("POST", "/sessions/{id}/pause", {}),
+    "resume": ("POST", "/sessions/{id}/resume", {}),
+    "freeze": ("PUT", f"/agents/{AGENT}/freeze", {}),
+    "absolute change": ("PATCH", "/sessions/{id}", {"call_budget": "7"}),
+    "relative change": ("PATCH", "/sessions/{id}", {"add_calls": "7"}),
     "kill switch": ("DELETE", f"/agents/{AGENT}/sessions", {}),
     "readiness": ("GET", "/readyz", {}),
 }
@@ -158,6 +165,11 @@ REQUESTS = {
         ("dry run", "not_recorded", True, "wait"),
         ("read", "not_recorded", True, "wait"),
         ("close", "unknown", True, "wait"),
+        ("pause", "unknown", True, "wait"),
+        ("resume", "unknown", True, "wait"),
+        ("freeze", "unknown", True, "wait"),
+        ("absolute change", "unknown", True, "wait"),
+        ("relative change", "unknown", False, "stop"),
         ("kill switch", "unknown", True, "wait"),
         ("readiness", "not_recorded", True, "wait"),
     ],
@@ -175,7 +187,9 @@ async def test_what_is_unknown_is_called_unknown(
     monkeypatch.setattr(BrokenStore, "error", error)
     session = await broken.create()
     method, path, headers = REQUESTS[request_]
-    body = {"tool_name": "read_file"} if method == "POST" else None
+    body: dict[str, Any] | None = {"tool_name": "read_file"} if "calls" in path else None
+    if method == "PATCH":
+        body, headers = {name: int(value) for name, value in headers.items()}, {}
 
     answer = await broken.client.request(
         method, path.format(id=session["session_id"]), json=body, headers=headers
@@ -190,6 +204,9 @@ async def test_what_is_unknown_is_called_unknown(
     assert ("retry-after" in answer.headers) == retryable
     said = "Nothing was recorded." if outcome == "not_recorded" else "may have"
     assert said in problem["detail"]
+    assert problem.get("retry_after_secs") == (1 if retryable else None)
+    if outcome == "unknown" and request_ == "relative change":
+        assert "its revision has grown if it was" in problem["detail"]
 
 
 async def test_a_closed_session_says_when_and_to_operators_by_whom(make_api: MakeApi) -> None:
@@ -230,6 +247,100 @@ async def test_an_expired_session_says_since_when(api: Api) -> None:
 
     assert problem["expires_at"] == session["expires_at"]
     assert session["expires_at"] in problem["detail"]
+
+
+async def test_a_denial_says_whose_it_is(make_api: MakeApi) -> None:
+    api = await make_api(max_active_sessions_per_agent=1)
+    session = await api.create()
+    whose = {"agent_id": AGENT, "session_ref": session["session_id"][:8]}
+    path = f"/sessions/{session['session_id']}"
+    denied = [
+        await api.call(session["session_id"], "rm"),
+        await api.call(session["session_id"], agent_id=OTHER_AGENT),
+        await api.client.patch(path, json={"add_calls": 1, "expected_revision": 9}),
+    ]
+    too_many = (await api.post("/sessions", session_request())).json()
+    await api.client.put(f"/agents/{AGENT}/freeze")
+    frozen = [
+        await api.call(session["session_id"]),
+        await api.post("/sessions", session_request()),
+    ]
+    unknown = (await api.call(OTHER_AGENT)).json()
+
+    for each in denied:
+        assert each.json() | whose == each.json()
+    assert too_many["agent_id"] == AGENT
+    assert "session_ref" not in too_many
+    assert "once one of them is closed" in too_many["detail"]
+    since = (await api.client.get(f"/agents/{AGENT}")).json()["frozen_at"]
+    for each in frozen:
+        problem = each.json()
+        assert (problem["agent_id"], problem["since"]) == (AGENT, since)
+        assert "once somebody lifts the freeze" in problem["detail"]
+        assert problem["retryable"] is False
+    assert unknown.keys().isdisjoint({"agent_id", "session_ref"})
+
+
+async def test_a_conflict_says_when_the_key_was_first_used(
+    api: Api, clock: ManualClock
+) -> None:
+    key = {"idempotency-key": "k"}
+    session = await api.create()
+    path = f"/sessions/{session['session_id']}"
+    for route, first, other in (
+        ("/sessions", session_request(), session_request(call_budget=5)),
+        (f"{path}/calls", {"tool_name": "read_file"}, {"tool_name": "list_dir"}),
+    ):
+        await api.client.post(route, json=first, headers=key)
+        clock.advance(60)
+        problem = (await api.client.post(route, json=other, headers=key)).json()
+
+        at = f"2026-01-01T12:0{(clock.now - START) // 60_000_000 - 1}:00.000000Z"
+        assert problem["detail"] == (
+            f"This idempotency key was first used at {at}, for another request."
+        )
+
+
+async def test_a_batch_that_no_window_can_hold_says_what_fits(api: Api) -> None:
+    session = await api.create(rate_limit_per_minute=2)
+
+    problem = (await api.batch(session["session_id"], *["read_file"] * 3)).json()
+
+    assert problem["next_action"] == "split_batch"
+    assert "No window can hold that many: send at most 2 at a time." in problem["detail"]
+
+
+async def test_a_mistake_of_the_program_is_not_the_agents(api: Api) -> None:
+    session = await api.create()
+    path = f"/sessions/{session['session_id']}/calls"
+
+    for body in ({"tool": "a"}, {}, {"tool_name": 5}, {"tool_name": "a b", "x": 1}):
+        problem = (await api.post(path, body)).json()
+        assert problem["next_action"] == "fix_request"
+        assert problem["agent_message"] == "This tool cannot be reached now; stop here."
+
+    assert (await api.post(path, {"tool": "a", "b c": 1})).json()["errors"] == [
+        {"in": "body", "field": "tool_name", "detail": "Field required"},
+        {
+            "in": "body",
+            "field": "tool",
+            "detail": "is not known here; use agent_id, data_sensitivity, tool_name",
+            "known": ["agent_id", "data_sensitivity", "tool_name"],
+        },
+        {
+            "in": "body",
+            "field": "",
+            "detail": "is not known here; use agent_id, data_sensitivity, tool_name",
+            "known": ["agent_id", "data_sensitivity", "tool_name"],
+        },
+    ]
+
+
+async def test_no_sentence_to_an_agent_speaks_of_sessions() -> None:
+    for kind in PROBLEM_TYPES.values():
+        assert "session" not in (kind.agent_message or "")
+    for message in AGENT_MESSAGES.values():
+        assert "session" not in message
 
 
 async def test_a_name_that_is_no_tool_has_a_sentence_for_the_agent(api: Api) -> None:

@@ -233,13 +233,13 @@ async def test_rejected_input_is_never_echoed(api: Api) -> None:
 
     for answer in (
         await api.call(session_id, f"{CANARY} !"),
-        await api.call(session_id, "read_file", **{CANARY: 1}),
+        await api.call(session_id, "read_file", **{f"{CANARY} x": 1}),
         await api.call(session_id, agent_id=CANARY),
         await api.call(session_id, data_sensitivity=CANARY),
         await api.call(session_id, CANARY),
-        await api.client.post(f"/sessions/{session_id}/calls?{CANARY}=1", json={}),
+        await api.client.post(f"/sessions/{session_id}/calls?{CANARY}%20x=1", json={}),
         await api.client.post("/sessions", content=CANARY, headers=JSON),
-        await api.client.post("/sessions", json={CANARY: {CANARY: [CANARY]}}),
+        await api.client.post("/sessions", json={f"{CANARY} x": {CANARY: [CANARY]}}),
         await api.client.post("/sessions", json={}, headers={"content-type": CANARY}),
         await api.client.post("/sessions", json={}, headers={"idempotency-key": f'"{CANARY}'}),
         await api.client.get(f"/sessions?cursor={CANARY}"),

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from app.domain.admission import KEY_CONFLICT, NO_SESSION, Admitted, Denied
+from app.domain.admission import NO_SESSION, Admitted, Denied, key_conflict
 from app.domain.advice import DenialCode as Code
 from app.domain.errors import InvalidField, SessionLimitReached
-from app.domain.lifecycle import Amendment, Changed, amend, pause, resume
+from app.domain.lifecycle import Amendment, Changed, amend, resume
 from app.domain.session import MICROSECONDS, Freeze, Session, SessionStatus, Terms
 from app.domain.tools import AllowList
 from app.store.contract import (
@@ -26,6 +26,7 @@ from tests.conftest import MakeStore
 from tests.support import (
     AGENT,
     OTHER_AGENT,
+    PAUSE,
     ManualClock,
     a_batch,
     a_call,
@@ -587,9 +588,10 @@ class TestChange:
     async def test_a_denied_transition_changes_nothing(self, store: SessionStore) -> None:
         session = await opened(store)
 
-        denied = await change(store, session.session_id, lambda *_: KEY_CONFLICT)
+        refused = key_conflict(1)
+        denied = await change(store, session.session_id, lambda *_: refused)
 
-        assert denied is KEY_CONFLICT
+        assert denied is refused
         assert await store.get(session.session_id) == session
 
     async def test_no_session_no_change(self, store: SessionStore) -> None:
@@ -723,7 +725,9 @@ class TestAmend:
         after = await current(store, session)
         assert (after.grant.call_budget, after.terms.rev) == (6, 2)
 
-    async def test_a_key_belongs_to_one_request(self, store: SessionStore) -> None:
+    async def test_a_key_belongs_to_one_request(
+        self, store: SessionStore, clock: ManualClock
+    ) -> None:
         session = await opened(store)
         await store.change(session.session_id, five_more, a_change())
         await store.record(session.session_id, a_call(), IdempotencyKey("ops", "call"))
@@ -735,7 +739,7 @@ class TestAmend:
             session.session_id, five_more, a_change()._replace(caller="b")
         )
 
-        assert other == of_call == call == KEY_CONFLICT
+        assert other == of_call == call == key_conflict(clock.now)
         assert isinstance(elsewhere, Changed)
         assert not elsewhere.replayed
 
@@ -783,7 +787,7 @@ class TestAmend:
             (closed, Code.SESSION_CLOSED),
             (expired, Code.SESSION_EXPIRED),
         ):
-            for transition in (five_more, pause, resume):
+            for transition in (five_more, PAUSE, resume):
                 for key in (None, a_change(), a_change("new")):
                     denied = await store.change(session.session_id, transition, key)
                     assert isinstance(denied, Denied)
@@ -839,7 +843,7 @@ class TestPause:
         session = await opened(store, a_grant(time_limit_secs=10))
         key = IdempotencyKey("proxy", "k")
         await admit(store, session, idempotency=key)
-        await change(store, session.session_id, pause)
+        await change(store, session.session_id, PAUSE)
         clock.advance(9)
 
         for tools in (("read_file",), ()):
@@ -850,7 +854,7 @@ class TestPause:
 
         assert isinstance(await change(store, session.session_id, resume), Session)
         assert (await admit(store, session)).usage.calls_made == 2
-        await change(store, session.session_id, pause)
+        await change(store, session.session_id, PAUSE)
         clock.advance(1)
         assert (await deny(store, session)).code is Code.SESSION_EXPIRED
 
@@ -860,7 +864,7 @@ class TestPause:
         session = await opened(store)
 
         revisions = []
-        for transition in (resume, pause, pause, resume, resume):
+        for transition in (resume, PAUSE, PAUSE, resume, resume):
             changed = await change(store, session.session_id, transition)
             assert isinstance(changed, Session)
             revisions.append(changed.terms.rev)
@@ -873,7 +877,7 @@ class TestPause:
         store = await make_store(max_active_sessions_per_agent=2, retention_secs=0)
         held = await opened(store, a_grant(time_limit_secs=10))
         active = await opened(store)
-        await change(store, held.session_id, pause)
+        await change(store, held.session_id, PAUSE)
 
         for agent_id in (None, AGENT):
             for status, expected in (
@@ -899,7 +903,7 @@ class TestPause:
 
     async def test_the_kill_switch_closes_paused_sessions(self, store: SessionStore) -> None:
         session = await opened(store)
-        await change(store, session.session_id, pause)
+        await change(store, session.session_id, PAUSE)
 
         assert await kill(store) == 1
 
@@ -958,7 +962,7 @@ class TestFreeze:
     ) -> None:
         paused, closed = await opened(store), await opened(store)
         expired = await opened(store, a_grant(time_limit_secs=1))
-        await change(store, paused.session_id, pause)
+        await change(store, paused.session_id, PAUSE)
         await close(store, closed.session_id)
         await store.freeze(AGENT, "", "ops")
         clock.advance(1)
@@ -973,7 +977,7 @@ class TestFreeze:
         first, second = await opened(store), await opened(store)
         await store.freeze(AGENT, "", "ops")
 
-        for transition in (five_more, pause, resume):
+        for transition in (five_more, PAUSE, resume):
             assert isinstance(await change(store, first.session_id, transition), Session)
         assert isinstance(await close(store, first.session_id), Session)
         assert await kill(store) == 1

@@ -27,7 +27,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
-from app.domain.lifecycle import Amendment, Changed, amend, pause, resume
+from app.domain.lifecycle import Amendment, Changed, amend, resume
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
 from app.domain.tools import AllowList
 from app.store.codec import to_text
@@ -42,6 +42,7 @@ from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,
     OTHER_AGENT,
+    PAUSE,
     ManualClock,
     a_grant,
     close,
@@ -427,7 +428,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(session_id=sessions, hold=st.booleans())
     def pause_or_resume(self, session_id: str, hold: bool) -> None:
         now, model = self.clock.now, self.models.get(session_id)
-        outcome = self.run(self.store.change(session_id, pause if hold else resume))
+        outcome = self.run(self.store.change(session_id, PAUSE if hold else resume))
         if model is None or model.status(now) in ("closed", "expired"):
             assert isinstance(outcome, Denied)
             return

@@ -18,7 +18,6 @@ from sortedcontainers import SortedDict
 from typing_extensions import override
 
 from app.domain.admission import (
-    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
@@ -26,6 +25,7 @@ from app.domain.admission import (
     agent_frozen,
     check_usable,
     decide,
+    key_conflict,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
@@ -171,7 +171,7 @@ class MemoryStore(SessionStore):
         if known is None or now >= known.forget_at:
             return None
         if known.request != idempotency.request:
-            return KEY_CONFLICT
+            return key_conflict(known.session.as_of)
         return Admitted(known.session, replayed=True)
 
     @override
@@ -197,7 +197,7 @@ class MemoryStore(SessionStore):
                     return unusable
                 first, answer = known
                 if first != admission:
-                    return KEY_CONFLICT
+                    return key_conflict(answer.as_of)
                 then = Session(session_id, session.terms, answer.usage, answer.as_of)
                 return Admitted(then, replayed=True)
         decision = decide(session, admission, now, frozen=frozen)
@@ -243,7 +243,7 @@ class MemoryStore(SessionStore):
         elif known[0] == idempotency.request:
             changed = Changed(session.at(now), replayed=True)
         else:
-            changed = KEY_CONFLICT
+            changed = key_conflict(known[1].as_of)
         return changed
 
     def _change(

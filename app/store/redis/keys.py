@@ -16,8 +16,7 @@ from typing import NamedTuple
 from app.store.contract import CreationKey, IdempotencyKey
 
 LAYOUT = "arbiter:layout"
-LAYOUT_VERSION = "3"
-OLD_LAYOUT = "arbiter:{index}:sessions"
+LAYOUT_VERSION = "1"
 """Exists where the first layout, which had no version, holds sessions."""
 
 PING = "arbiter:ping"

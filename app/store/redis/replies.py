@@ -7,7 +7,6 @@ from collections import OrderedDict
 from typing import Any
 
 from app.domain.admission import (
-    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
@@ -15,6 +14,7 @@ from app.domain.admission import (
     agent_frozen,
     check_usable,
     denial,
+    key_conflict,
     violation,
 )
 from app.domain.advice import DenialCode
@@ -27,13 +27,16 @@ from app.domain.session import (
     Terms,
     Usage,
 )
-from app.store.codec import to_closed_by, to_grant, to_text
+from app.store.codec import to_grant, to_marks, to_text
 
 TERMS_KEPT = 16_384
 """Sessions whose terms are cached."""
 
 _TERMS = struct.Struct(">9d")
 _USAGE = struct.Struct(">4d")
+_WHOLE = 6
+"""The parts of a reply with a session, at least."""
+
 _NONE = -1.0
 """Stands for no rate limit, and for a session that is not closed or not paused."""
 
@@ -86,22 +89,23 @@ class TermsCache:
     def session(self, session_id: str, reply: list[Any], known: Terms | None) -> Session | None:
         """The session of a reply to a script that was told of the revision `known`; `None` if
         the reply has no session."""
-        if len(reply) == 1:
+        if len(reply) < _WHOLE:
             return None
-        _, _, packed_usage, packed, grant, by = reply[:6]
+        _, _, packed_usage, packed, grant, marked = reply[:6]
         if packed:
             created, expires, closed, rev, *_, paused = _TERMS.unpack_from(packed)
             closed_at = None if closed == _NONE else int(closed)
             paused_at = None if paused == _NONE else int(paused)
-            closed_by = to_closed_by(by) if by else None
+            marks = to_marks(marked)
             known = Terms(
                 to_grant(grant),
                 int(created),
                 int(expires),
                 closed_at,
                 int(rev),
-                closed_by,
+                marks.closed_by,
                 paused_at,
+                marks.paused_by,
             )
             self.keep(session_id, known)
         assert known is not None  # noqa: S101 - the script sent what was not known
@@ -115,7 +119,8 @@ def decision(
     """What `admit.lua` decided."""
     outcome = reply[0].decode()
     if outcome == DenialCode.IDEMPOTENCY_CONFLICT.value:
-        return KEY_CONFLICT
+        _, first_used_at = unpack_usage(reply[1])
+        return key_conflict(first_used_at)
     if session is None:
         return NO_SESSION
     if outcome in {"admitted", "replayed"}:
@@ -150,7 +155,7 @@ def creation(reply: list[Any]) -> Admitted | Denied | None:
     """What was answered to an earlier creation with the same key, if there was one."""
     outcome = reply[0]
     if outcome == b"conflict":
-        return KEY_CONFLICT
+        return key_conflict(reply[1])
     if outcome == b"frozen":
         return agent_frozen()
     if outcome != b"replayed":

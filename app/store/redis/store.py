@@ -19,11 +19,11 @@ from typing import Any
 from typing_extensions import override
 
 from app.domain.admission import (
-    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
     Denied,
+    key_conflict,
     too_many_sessions,
 )
 from app.domain.errors import (
@@ -39,12 +39,13 @@ from app.domain.session import (
     AgentState,
     ClosedBy,
     Grant,
+    Marks,
     Session,
     SessionStatus,
     Terms,
 )
 from app.store.clock import Clock
-from app.store.codec import to_text
+from app.store.codec import marks_of, to_text
 from app.store.contract import (
     CREATION_REPLAY_SECS,
     TOO_MANY_CREATIONS,
@@ -125,8 +126,7 @@ class RedisStore(SessionStore):
 
     async def _check_layout(self) -> None:
         version = await self._client.run(scripts.LAYOUT, (keys.LAYOUT,), keys.LAYOUT_VERSION)
-        is_old = await self._client.exists(keys.OLD_LAYOUT)
-        if is_old or version.decode() != keys.LAYOUT_VERSION:
+        if version.decode() != keys.LAYOUT_VERSION:
             raise StoreUnusable(
                 f"cannot use {self._url}: its keys were written by another version of this "
                 "program; run that version, or use an empty database"
@@ -253,7 +253,9 @@ class RedisStore(SessionStore):
             reply = await self._swap(session, new, idempotency, only_look=bool(refusal))
             match reply[0]:
                 case b"known":
-                    return self._repeated(session, same=reply[1] == 1)
+                    _, first_used_at = replies.unpack_usage(reply[2])
+                    same = reply[1] == 1
+                    return self._repeated(session, first_used_at, same=same)
                 case b"changed":
                     self._terms.keep(session_id, new)
                     usage, _ = replies.unpack_usage(reply[1])
@@ -281,18 +283,20 @@ class RedisStore(SessionStore):
             packed,
             text,
             self._limits.retention_secs * 1000,
-            "" if terms.closed_by is None else to_text(terms.closed_by),
+            marks_of(terms),
             field,
             request,
             *replies.exact_tools(terms.grant),
         )
         return reply
 
-    def _repeated(self, session: Session, *, same: bool) -> Changed | Denied:
+    def _repeated(
+        self, session: Session, first_used_at: int, *, same: bool
+    ) -> Changed | Denied:
         ended = check_running(session, session.as_of)
         if ended is not None:
             return ended
-        return Changed(session, replayed=True) if same else KEY_CONFLICT
+        return Changed(session, replayed=True) if same else key_conflict(first_used_at)
 
     async def _read_unchanged(self, session_id: str) -> Session | None:
         try:
@@ -331,7 +335,7 @@ class RedisStore(SessionStore):
     async def close_sessions_for_agent(self, agent_id: str, actor: str) -> list[str]:
         in_cell = keys.agent_keys(agent_id)[:2]
         retention = self._limits.retention_secs * 1000
-        by = to_text(ClosedBy(actor, kill_switch=True))
+        by = to_text(Marks(closed_by=ClosedBy(actor, kill_switch=True)))
         all_closed: list[str] = []
         more = True
         while more:

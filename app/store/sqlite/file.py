@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from app.domain.errors import StoreUnusable
-from app.store.sqlite.schema import check_version, migrate
+from app.store.sqlite.schema import check_version, create_tables
 
 Synchronous = Literal["full", "normal"]
 
@@ -225,7 +225,7 @@ def _connect(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
         # On macOS, fsync alone leaves the data in the drive's cache.
         db.execute("PRAGMA fullfsync = ON")
         db.execute("PRAGMA checkpoint_fullfsync = ON")
-        migrate(db)
+        create_tables(db)
         opened.pop_all()
         return db
 

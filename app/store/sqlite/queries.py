@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import astuple, replace
 
-from app.domain.session import ClosedBy, Freeze, Grant, Session, Terms, Usage
-from app.store.codec import to_closed_by, to_grant, to_text
+from app.domain.session import ClosedBy, Freeze, Grant, Marks, Session, Terms, Usage
+from app.store.codec import marks_of, to_grant, to_marks, to_text
 from app.store.contract import CreationKey, IdempotencyKey
 from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
@@ -24,7 +24,7 @@ GRANTS_KEPT = 16_384
 
 _COUNTERS = "calls_made, rate_window_start, rate_window_calls"
 _SESSION = (
-    f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision, closed_by,"
+    f"id, session_id, created_at, expires_at, {_COUNTERS}, closed_at, revision, marks,"
     " paused_at"
 )
 _FREEZE = "frozen_at, reason, by"
@@ -88,10 +88,19 @@ class Queries:
 
     def _session(self, row: Sequence[Any], now: int) -> Session:
         row_id, session_id, created_at, expires_at, made, start, calls, *terms_fields = row
-        closed_at, rev, by, paused_at = terms_fields
+        closed_at, rev, marked, paused_at = terms_fields
         grant = self._grant(session_id, row_id, rev)
-        closed_by = None if by is None else to_closed_by(by)
-        terms = Terms(grant, created_at, expires_at, closed_at, rev, closed_by, paused_at)
+        marks = to_marks(marked)
+        terms = Terms(
+            grant,
+            created_at,
+            expires_at,
+            closed_at,
+            rev,
+            marks.closed_by,
+            paused_at,
+            marks.paused_by,
+        )
         return Session(session_id, terms, Usage(made, start, calls), now)
 
     def _grant(self, session_id: str, row_id: int, rev: int) -> Grant:
@@ -107,7 +116,7 @@ class Queries:
     def insert(self, session: Session) -> None:
         """Insert a new session."""
         row_id = self._db.execute(
-            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1, NULL, NULL)",
+            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1, '', NULL)",
             (
                 session.session_id,
                 session.grant.agent_id,
@@ -131,12 +140,12 @@ class Queries:
         """Replace the terms of a session."""
         # The table refuses calls past the budget, but a budget may be lowered below them.
         self._db.execute(
-            "UPDATE sessions SET expires_at = ?, closed_at = ?, closed_by = ?, paused_at = ?,"
+            "UPDATE sessions SET expires_at = ?, closed_at = ?, marks = ?, paused_at = ?,"
             " revision = ?, call_budget = max(?, calls_made) WHERE id = ?",
             (
                 after.expires_at,
                 after.closed_at,
-                None if after.closed_by is None else to_text(after.closed_by),
+                marks_of(after),
                 after.paused_at,
                 after.rev,
                 after.grant.call_budget,
@@ -151,9 +160,9 @@ class Queries:
     def close_running_of(self, agent_id: str, now: int, by: ClosedBy) -> list[str]:
         """Close the active and paused sessions of an agent. Return their ids."""
         closed = self._db.execute(
-            "UPDATE sessions SET closed_at = ?, closed_by = ?, revision = revision + 1"
+            "UPDATE sessions SET closed_at = ?, marks = ?, revision = revision + 1"
             f" WHERE {_OPEN} AND agent_id = ? AND expires_at > ? RETURNING session_id",
-            (now, to_text(by), agent_id, now),
+            (now, to_text(Marks(closed_by=by)), agent_id, now),
         )
         return [session_id for (session_id,) in closed]
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from app.domain.admission import (
-    KEY_CONFLICT,
     NO_SESSION,
     Admission,
     Admitted,
@@ -18,6 +17,7 @@ from app.domain.admission import (
     agent_frozen,
     check_usable,
     decide,
+    key_conflict,
     too_many_sessions,
 )
 from app.domain.errors import SessionLimitReached
@@ -192,7 +192,7 @@ class Transactions:
             if unusable is not None:
                 return unusable
             same = first == to_text(admission)
-            return Admitted(answer, replayed=True) if same else KEY_CONFLICT
+            return Admitted(answer, replayed=True) if same else key_conflict(answer.as_of)
         decision = decide(session, admission, now, frozen=frozen)
         if isinstance(decision, Admitted) and admission.tool_names and not dry_run:
             self._queries.count_calls(row_id, decision.session.usage)
@@ -222,7 +222,7 @@ class Transactions:
         elif known[0] == idempotency.request:
             changed = Changed(found.session, replayed=True)
         else:
-            changed = KEY_CONFLICT
+            changed = key_conflict(known[1].as_of)
         return changed
 
     def _change(self, found: Found, transition: Transition, now: int) -> Changed | Denied:
@@ -328,9 +328,8 @@ class Transactions:
 
 
 def _replay(known: Creation, idempotency: CreationKey) -> Admitted | Denied:
-    # Empty: remembered by an older version, which did not keep the digest.
-    if known.request not in {"", idempotency.request}:
-        return KEY_CONFLICT
+    if known.request != idempotency.request:
+        return key_conflict(known.session.as_of)
     return Admitted(known.session, replayed=True)
 
 

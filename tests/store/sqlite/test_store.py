@@ -14,17 +14,16 @@ import pytest
 
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
-from app.domain.lifecycle import pause
 from app.domain.session import SessionStatus
 from app.store import open_store
-from app.store.codec import to_text
 from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
 from app.store.sqlite.backup import back_up
 from app.store.sqlite.file import Location
-from app.store.sqlite.schema import APPLICATION_ID, MIGRATIONS, migrate
+from app.store.sqlite.schema import APPLICATION_ID, VERSION
 from app.store.sqlite.store import SqliteStore
 from tests.support import (
     AGENT,
+    PAUSE,
     ManualClock,
     a_call,
     a_grant,
@@ -33,7 +32,6 @@ from tests.support import (
     count_active,
     create,
     kill,
-    new_id,
     opened,
 )
 
@@ -245,7 +243,7 @@ class TestSchema:
     async def test_a_file_of_a_newer_version_is_refused_and_left_alone(
         self, file: Path
     ) -> None:
-        newer = len(MIGRATIONS) + 1
+        newer = VERSION + 1
         self.make(
             file,
             f"PRAGMA application_id = {APPLICATION_ID}",
@@ -254,7 +252,7 @@ class TestSchema:
         )
         before = file.read_bytes()
 
-        with pytest.raises(StoreUnusable, match=f"version {newer}.* up to {newer - 1}"):
+        with pytest.raises(StoreUnusable, match=f"version {newer}.* supports {VERSION}"):
             await SqliteStore(Location(file, "full"), StoreLimits()).open()
 
         assert file.read_bytes() == before
@@ -269,61 +267,6 @@ class TestSchema:
             await SqliteStore(Location(file, "full"), StoreLimits()).open()
 
         assert file.read_bytes() == before
-
-    async def test_a_file_of_the_first_version_keeps_its_sessions_and_creations(
-        self, file: Path, clock: ManualClock
-    ) -> None:
-        grant, now = a_grant(call_budget=5), clock.now
-        ids = [new_id(), new_id()]
-        db = sqlite3.connect(file, isolation_level=None)
-        migrate(db, MIGRATIONS[:1])
-        for row_id, session_id in enumerate(ids, start=1):
-            closed_at = now if row_id == 2 else None
-            row = (row_id, session_id, AGENT, now, now + 3_600_000_000, 5, 2, now, 2, closed_at)
-            db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-            db.execute("INSERT INTO grants VALUES (?, ?)", (row_id, to_text(grant)))
-        first = f'{{"session_id":"{ids[0]}","grant":{to_text(grant)},"created_at":{now}}}'
-        row = ("proxy", "k", now + 1_000_000, first)
-        db.execute("INSERT INTO creations VALUES (?, ?, ?, ?)", row)
-        db.close()
-
-        store = SqliteStore(Location(file, "full"), StoreLimits(), clock)
-        await store.open()
-        active, closed = [await store.get(session_id) for session_id in ids]
-        again = await create(store, grant, IdempotencyKey("proxy", "k"))
-        await store.aclose()
-
-        assert active is not None
-        assert closed is not None
-        assert (active.grant, active.usage.calls_made, active.terms.rev) == (grant, 2, 1)
-        assert (closed.status, closed.terms.rev) == (SessionStatus.CLOSED, 2)
-        assert isinstance(again, Admitted)
-        assert (again.replayed, again.session.session_id) == (True, ids[0])
-
-    def test_migrations_run_in_order_and_once(self) -> None:
-        db = sqlite3.connect(":memory:", isolation_level=None)
-        steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2)"]
-        migrate(db, steps)
-        steps.append("INSERT INTO log SELECT 1 + max(step) FROM log")
-
-        migrate(db, steps)
-        migrate(db, steps)
-
-        assert db.execute("SELECT step FROM log").fetchall() == [(2,), (3,)]
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
-        db.close()
-
-    def test_a_failed_migration_changes_nothing(self) -> None:
-        db = sqlite3.connect(":memory:", isolation_level=None)
-        steps = ["CREATE TABLE log (step)", "INSERT INTO log VALUES (2); SELECT nonsense"]
-
-        with pytest.raises(sqlite3.Error, match="nonsense"):
-            migrate(db, steps)
-
-        assert db.execute("SELECT step FROM log").fetchall() == []
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
-        assert not db.in_transaction
-        db.close()
 
 
 class TestFailingCommits:
@@ -461,7 +404,7 @@ class TestCost:
                 await store.list_all(SessionFilter(agent_id, status), limit=1)
         await count_active(store)
         await count_active(store, AGENT)
-        await change(store, session.session_id, pause)
+        await change(store, session.session_id, PAUSE)
         await store.freeze(AGENT, "", "")
         await store.list_frozen(limit=1)
         await store.unfreeze(AGENT)

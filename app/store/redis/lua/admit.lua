@@ -2,7 +2,7 @@
 -- KEYS  clock, session, replays
 -- ARGV  prefix, now, known revision, agent or '', rank of the tier or '', '1' for a dry run,
 --       idempotency field or '', the admission as text, then the tools
--- Returns what `reply` does; the outcome is 'admitted', 'replayed' or a denial code. For rules 7
+-- Returns {'idempotency_conflict', usage after the first use of the key}, or what `reply` does; the outcome is 'admitted', 'replayed' or a denial code. For rules 7
 -- to 10 also the codes of all that fail, and the positions of unauthorised tools, from 0.
 
 local FIRST = 9
@@ -97,7 +97,7 @@ if idempotency ~= '' then
   local first = redis.call('HGET', REPLAYS, idempotency)
   if first then
     if first:sub(33) ~= admission then
-      return {'idempotency_conflict'}
+      return {'idempotency_conflict', first:sub(1, 32)}
     end
     session.made, session.start, session.calls, session.now = struct.unpack(USAGE, first)
     return reply('replayed', session, KEY, known_rev)

@@ -3,7 +3,7 @@
 -- ARGV  prefix, now, session id, revision before, new terms as packed, grant as text, retention
 --       in milliseconds, who closed it or '', idempotency field or '', the request as text, then
 --       exact tool names
--- Returns {'changed', usage}, {'known', 1 if the key came with this request before, else 0},
+-- Returns {'changed', usage}, {'known', 1 if the key came with this request before, else 0, usage then},
 -- {'moved'} if the revision is another one, or {'session_not_found'}.
 
 local id, key = ARGV[3], KEYS[2]
@@ -13,7 +13,7 @@ if not before then
 end
 local first = ARGV[9] ~= '' and redis.call('HGET', KEYS[3], ARGV[9])
 if first then
-  return {'known', first:sub(33) == ARGV[10] and 1 or 0}
+  return {'known', first:sub(33) == ARGV[10] and 1 or 0, first:sub(1, 32)}
 end
 if before.rev ~= tonumber(ARGV[4]) then
   return {'moved'}

@@ -4,7 +4,7 @@
 --       microseconds, retention in milliseconds, cap or '', '1' if the store is full, '1' if it
 --       remembers too many creations of the caller, request digest or '', caller, how long to
 --       remember in microseconds, agent, then exact tool names
--- Returns {'created', instant}, {'frozen'}, {'replayed', id, instant, grant}, {'conflict'}, {'full'},
+-- Returns {'created', instant}, {'frozen'}, {'replayed', id, instant, grant}, {'conflict', instant}, {'full'},
 -- {'creations_full'} or {'too_many', active}.
 
 local id, remember = ARGV[3], ARGV[11] ~= ''
@@ -15,7 +15,7 @@ local known = remember and redis.call('HMGET', KEYS[4], 'forget_at', 'request', 
   'grant')
 if known and known[1] and now < tonumber(known[1]) then
   if known[2] ~= ARGV[11] then
-    return {'conflict'}
+    return {'conflict', tonumber(known[4])}
   end
   return {'replayed', known[3], tonumber(known[4]), known[5]}
 end

@@ -48,7 +48,7 @@ local function report_expired_of(key)
 end
 
 -- The session's fields: 't' its terms, packed, then agent and patterns; 'g' the grant as text;
--- 'u' its usage, packed; 'c' who closed it; and one field '=NAME' for each exact tool name.
+-- 'u' its usage, packed; 'c' who closed or paused it, as text; and one field '=NAME' for each exact tool name.
 local TERMS, USAGE = '>ddddddddd', '>dddd'
 
 local function unpack_terms(session, packed)
