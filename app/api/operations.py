@@ -88,14 +88,14 @@ async def readyz(request: StrictRequest) -> RawResponse:
 @router.get(
     "/healthz",
     operation_id="healthz",
-    summary="Check that requests can be served, by an older name",
+    summary="Check that requests can be served, by another name",
     tags=["operations"],
     response_model=Health,
     responses=_UNAVAILABLE,
     openapi_extra=PUBLIC,
 )
 async def healthz(request: StrictRequest) -> RawResponse:
-    """The same as /readyz, under its older name. No key is needed."""
+    """The same as /readyz, under the name that some platforms expect. No key is needed."""
     return await readyz(request)
 
 

@@ -146,18 +146,10 @@ def decide(
     `now` must never be earlier than in a previous decision about the same session. A store
     whose clock can step back holds it still instead.
     """
-    tools, agent_id = admission.tool_names, admission.agent_id
-    terms, usage = session.terms, session.usage
-    if (
-        terms.closed_at is not None
-        or now >= terms.expires_at
-        or (agent_id is not None and agent_id != terms.grant.agent_id)
-        or frozen
-        or terms.paused_at is not None
-    ):
-        unusable = check_usable(session, agent_id, now, frozen=frozen)
-        if unusable is not None:
-            return unusable
+    unusable = check_usable(session, admission.agent_id, now, frozen=frozen)
+    if unusable is not None:
+        return unusable
+    terms, usage, tools = session.terms, session.usage, admission.tool_names
     n = len(tools)
     if n == 0:
         return Admitted(session.at(now))

@@ -49,6 +49,7 @@ VOLATILE = [
     (re.compile(r"^date: .*$", re.MULTILINE), "date: DATE"),
     (re.compile(r'(?<="version":")[^"]+'), "VERSION"),
     (re.compile(r'(?<="pid":)\d+'), "PID"),
+    (re.compile(r'(?<="session_ref":")[0-9a-f]+'), "REF"),
     (re.compile(r'(?<=;t=)\d+|(?<="retry_after_secs":)\d+'), "SECS"),
 ]
 
@@ -348,7 +349,7 @@ def test_every_code_and_next_action_is_explained() -> None:
 
 def test_every_metric_that_is_named_is_exported() -> None:
     exported = set(
-        re.findall(r"^# HELP (\S+)", Metrics().render(Totals(0, 0, 0)).decode(), re.MULTILINE)
+        re.findall(r"^# HELP (\S+)", Metrics().render(Totals(0, 0, 0, 0)).decode(), re.MULTILINE)
     )
     named = {
         name.partition("{")[0]
