@@ -93,7 +93,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     commands.add_parser("serve", help="serve HTTP (the default)").set_defaults(run=_serve)
     _add_audit(commands.add_parser("audit", help="print lines of the audit log"))
-    backup = commands.add_parser("backup", help="copy a durable store, live or stopped")
+    backup = commands.add_parser("backup", help="copy a SQLite store, live or stopped")
     backup.add_argument("file", type=Path, help="a file that does not exist yet")
     backup.set_defaults(run=_back_up)
     config = commands.add_parser("config", help="print the settings, secrets redacted")

@@ -288,7 +288,7 @@ def _validated(fields: dict[str, Any]) -> Evaluation:
 
 @router.get("/.well-known/authzen-configuration", openapi_extra=PUBLIC)
 async def configuration(*, request: StrictRequest) -> RawResponse:
-    """What counts is here."""
+    """Say where the evaluation that counts is."""
     return _metadata(_base(request))
 
 

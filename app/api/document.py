@@ -1,7 +1,7 @@
 """Builds the OpenAPI document: FastAPI's, changed so that generated clients work unchanged.
 
-The models validate requests and are not touched. What a client must not rely on is left out of
-the document, and what it may rely on is said there.
+The models validate requests and are not touched. The document promises only what
+clients may rely on.
 
 - Requests are closed, and have no defaults: generators would send them, and a server with a
   lower maximum would refuse them. The description says what holds if a field is absent.
@@ -22,9 +22,9 @@ from fastapi.openapi.utils import get_openapi
 from app.api.openapi import HEADERS, Problem, headers_named, problem_examples
 
 TAGS = [
-    {"name": "sessions", "description": "Issue and end task sessions."},
+    {"name": "sessions", "description": "Issue, change and end task sessions."},
     {"name": "admission", "description": "Ask before each tool call, and count it."},
-    {"name": "agents", "description": "All sessions of an agent, and the kill switch."},
+    {"name": "agents", "description": "Freeze an agent, and close all of its sessions."},
     {"name": "operations", "description": "Health, metrics, and what a replica knows."},
 ]
 

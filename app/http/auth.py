@@ -40,7 +40,7 @@ class Scope(StrEnum):
     ADMIN = "admin"
     """Everything."""
     OPERATE = "operate"
-    """Read, list and close sessions; agents; metrics."""
+    """Read, list, change and close sessions; agents; denials, this process, metrics."""
     PROXY = "proxy"
     """Create, read and close sessions; calls and batches."""
 

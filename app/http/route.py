@@ -114,7 +114,7 @@ class Handler:
                 self._defaults[name] = parameter.default
                 self._query[name] = TypeAdapter(annotation)
         self._names = tuple(self._query)
-        # Of the queries that are short, most are alike.
+        # Short query strings repeat, so parsing them is cached.
         self._parsed_query = lru_cache(maxsize=128)(self._parse_query)
 
     async def respond(self, request: StrictRequest, receive: Receive) -> RawResponse:

@@ -34,8 +34,3 @@ class FairShare:
     def copy(self) -> FairShare:
         """An independent copy."""
         return FairShare(self._room, self._used)
-
-    @property
-    def total(self) -> int:
-        """What all callers use together."""
-        return self._total

@@ -348,9 +348,8 @@ def test_every_code_and_next_action_is_explained() -> None:
 
 
 def test_every_metric_that_is_named_is_exported() -> None:
-    exported = set(
-        re.findall(r"^# HELP (\S+)", Metrics().render(Totals(0, 0, 0, 0)).decode(), re.MULTILINE)
-    )
+    text = Metrics().render(Totals(0, 0, 0, 0)).decode()
+    exported = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     named = {
         name.partition("{")[0]
         for names, _ in rows("docs/operations.md", 2)

@@ -72,7 +72,10 @@ async def never_waits(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def responds_whole(scope: Scope, receive: Receive, send: Send) -> None:
-    assert scope["extensions"][WHOLE_RESPONSE]["respond"](RawResponse(204, []), [])
+    extension = scope["extensions"].get(WHOLE_RESPONSE)
+    # A request may run after its client has gone. To fail then would keep the connection alive in
+    # the traceback that is logged, from Python 3.12 on.
+    assert extension is None or extension["respond"](RawResponse(204, []), [])
 
 
 Connect = Callable[..., LimitedProtocol]

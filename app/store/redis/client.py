@@ -40,9 +40,9 @@ from app.store.redis.scripts import Script
 from app.store.redis.url import Client, RedisUrl
 
 GRACE_TURNS = 20
-"""Turns of the event loop that a request waits for after its deadline. They take no time when
-the engine is slow, and as long as it needs when we are: a reply that has arrived is read, so
-that no admission is refused that was counted."""
+"""Turns of the event loop that a request waits for after its deadline. If our own loop is
+behind, a reply may already be in the socket buffer. A few more turns let us read it, so that we
+do not report a counted call as failed."""
 
 MOST_AT_ONCE = 256
 """Scripts in one pipeline."""
@@ -61,7 +61,7 @@ _REASONS: list[tuple[type[Exception], str]] = [
     (AuthorizationError, "the user may not do this"),
     (BusyLoadingError, "it is still loading its data"),
     (TooSlow, "it did not answer in time"),
-    (MasterNotFoundError, "no sentinel answers that knows a living primary of this name"),
+    (MasterNotFoundError, "no reachable sentinel knows a live primary with this name"),
     (
         CannotConnect,
         "there is no connection to it; start the engine, or correct ARBITER_STORE_URL",
@@ -298,7 +298,7 @@ class ScriptClient:
             self._availability.failed(reason(TooSlow()))
 
     def _end_turn(self) -> None:
-        # From here on, since until now the time was ours.
+        # Start the deadline now: the time until here was spent by us, not by the engine.
         self._loop.call_later(self._url.deadline_secs, self._give_up, self._turn, GRACE_TURNS)
         self._turn = []
         for lane in self._lanes.values():
@@ -306,7 +306,8 @@ class ScriptClient:
 
     def _send_waiting(self, lane: _Lane) -> None:
         while lane.waiting and lane.under_way < PIPELINES:
-            # What is no longer waited for has had no effect, and shall have none.
+            # Drop requests whose caller has given up. They have not been sent, so they must
+            # not take effect.
             requests = [each for each in lane.waiting[:MOST_AT_ONCE] if not each.future.done()]
             del lane.waiting[:MOST_AT_ONCE]
             if requests:

@@ -17,9 +17,6 @@ from app.store.contract import CreationKey, IdempotencyKey
 
 LAYOUT = "arbiter:layout"
 LAYOUT_VERSION = "1"
-"""Exists where the first layout, which had no version, holds sessions."""
-
-PING = "arbiter:ping"
 
 CELLS = tuple(f"{number:02x}" for number in range(256))
 

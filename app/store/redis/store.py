@@ -134,7 +134,8 @@ class RedisStore(SessionStore):
 
     @override
     async def aclose(self) -> None:
-        # Again until it ends: a gather whose part fails at the same moment loses the first.
+        # Cancel repeatedly: if a gathered step fails in the same tick, asyncio loses the first
+        # cancellation.
         while not self._surveys.done():
             self._surveys.cancel()
             await asyncio.wait([self._surveys], timeout=1)
@@ -262,7 +263,6 @@ class RedisStore(SessionStore):
                     return Changed(Session(session_id, new, usage, session.as_of))
                 case b"moved" if refusal:
                     return _refuse(refusal)
-        # Each attempt was refused.
         raise StoreUnreachable
 
     async def _swap(
@@ -452,7 +452,7 @@ class RedisStore(SessionStore):
     async def _survey_regularly(self) -> None:
         while True:
             await asyncio.sleep(SURVEY_EVERY_SECS)
-            # The next one comes; what is wrong is in the log.
+            # Ignore the failure: it has been logged, and the next survey runs in a second.
             with suppress(StoreUnavailable):
                 await self._survey()
 

@@ -26,7 +26,7 @@ DEADLINE_MS, MAX_DEADLINE_MS = 250, 60_000
 PATIENCE = 4
 """How many deadlines may pass without a reply before its connection is given up."""
 
-_PLAIN, _TLS = "redis", "rediss"
+_TLS = "rediss"
 _CLUSTER, _SENTINEL = "redis+cluster", "redis+sentinel"
 _PORTS = {_SENTINEL: 26379}
 _OPTIONS = {"tls", "allow_eviction", "deadline_ms"}

@@ -102,9 +102,9 @@ class SqliteStore(SessionStore):
 
     def _commit(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """Run the jobs in one transaction and return their outcomes. If it fails, no job has
-        changed anything and every outcome is an error. A COMMIT that fails is undone too, but
-        if it was written whole and the machine stops before the next one, it can turn out to
-        be in the file."""
+        changed anything and every outcome is an error. A failed COMMIT is rolled back. If
+        all of it had reached the disk and the machine then stops, recovery can still apply
+        it."""
         outcomes: list[Any] = []
         is_committing = False
         try:
