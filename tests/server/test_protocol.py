@@ -73,8 +73,8 @@ async def never_waits(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def responds_whole(scope: Scope, receive: Receive, send: Send) -> None:
     extension = scope["extensions"].get(WHOLE_RESPONSE)
-    # A request may run after its client has gone. To fail then would keep the connection alive in
-    # the traceback that is logged, from Python 3.12 on.
+    # A request may run after its client has gone. To fail then would keep the connection alive
+    # in the traceback that is logged, from Python 3.12 on.
     assert extension is None or extension["respond"](RawResponse(204, []), [])
 
 
