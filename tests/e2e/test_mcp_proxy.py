@@ -99,7 +99,7 @@ async def test_an_agent_spends_its_budget_and_no_more(
         ("admitted", "write the proxy"),
         (
             "refused",
-            "No more calls are possible in this task; a new session is needed to continue.",
+            "No more calls are possible in this task; stop here, or ask a person.",
         ),
     ]
     # A key with scope proxy may not be allowed to close the session. That is no error.

@@ -121,7 +121,7 @@ async def test_an_agent_hears_why_it_is_denied(gate: Gate) -> None:
     assert not first.is_error
     assert not second.is_error
     assert "use one of the tools that are" in str(other.value)
-    assert "a new session is needed" in str(spent.value)
+    assert "stop here, or ask a person" in str(spent.value)
 
 
 async def test_an_old_version_of_the_protocol_is_refused_or_read(gate: Gate) -> None:
