@@ -37,7 +37,7 @@ from app.http.problems import (
 from app.http.request import StrictRequest
 from app.http.request_id import REQUEST_ID
 from app.http.response import RawResponse, json_response
-from app.http.route import PUBLIC, Handler, StrictRoute, allow, field_errors
+from app.http.route import PUBLIC, Handler, StrictRoute, allow, field_errors, names_no_tool
 from app.service import SessionService
 from app.store.contract import IdempotencyKey
 
@@ -283,7 +283,9 @@ def _validated(fields: dict[str, Any]) -> Evaluation:
     try:
         return Evaluation.model_validate(fields)
     except ValidationError as error:
-        raise invalid_fields(field_errors("body", (), error), INVALID_CHECK) from None
+        raise invalid_fields(
+            field_errors("body", (), error), INVALID_CHECK, no_such_tool=names_no_tool(error)
+        ) from None
 
 
 @router.get("/.well-known/authzen-configuration", openapi_extra=PUBLIC)

@@ -14,7 +14,7 @@ from app.api.problem_types import AGENT_MESSAGES, DENIALS
 from app.domain.admission import Admitted, Denied, Violation
 from app.domain.advice import DenialCode, NextAction
 from app.domain.lifecycle import Changed
-from app.domain.session import MICROSECONDS, AgentState, Grant, Session, Terms
+from app.domain.session import MICROSECONDS, AgentState, Grant, Session, SessionStatus, Terms
 from app.domain.tools import AllowList
 from app.http.auth import Caller, Scope
 from app.http.problems import problem_response
@@ -322,8 +322,8 @@ def created_response(admitted: Admitted, request: StrictRequest) -> RawResponse:
 def session_response(session: Session, caller: Caller) -> RawResponse:
     """Return the response with a session. Operators see who paused it."""
     body, terms = encode_session(session), session.terms
-    if terms.paused_at is not None and caller.may((Scope.OPERATE,)):
-        paused: dict[str, Any] = {"at": instant(terms.paused_at).decode()}
+    if session.status is SessionStatus.PAUSED and caller.may((Scope.OPERATE,)):
+        paused: dict[str, Any] = {"at": instant(terms.paused_at or 0).decode()}
         by = terms.paused_by
         if by is not None and by.actor:
             paused["by"] = by.actor

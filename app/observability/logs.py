@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -78,7 +79,7 @@ class _StandardError:
     def write(self, text: str) -> None:
         stream = sys.stderr
         try:
-            number = stream.fileno()
+            number = _not_waiting(stream.fileno())
         except (OSError, ValueError):
             # A test has put something else in its place, or it is closed.
             with suppress(OSError, ValueError):
@@ -87,22 +88,29 @@ class _StandardError:
         if self._unreported and _takes_more(number):
             lines, self._unreported = self._unreported, 0
             # structlog holds a lock while it writes; the standard library's can be taken again.
-            logging.getLogger("arbiter").warning("log lines lost: %d", lines)
+            logging.getLogger("arbiter").error("log lines lost: %d", lines)
         data = text.encode("utf-8", "backslashreplace")
         if self._is_torn:
             data = b"\n" + data
-        for start in range(0, len(data), select.PIPE_BUF):
-            if not _takes_more(number):
-                self.dropped += 1
-                self._unreported += 1
-                self._is_torn = self._is_torn or start > 0
-                return
-            with suppress(OSError):
-                os.write(number, data[start : start + select.PIPE_BUF])
-        self._is_torn = False
+        written = _write_at_once(number, data)
+        if written < len(data):
+            self.dropped += 1
+            self._unreported += 1
+        self._is_torn = 0 < written < len(data) or (self._is_torn and not written)
 
     def flush(self) -> None:
         """Do nothing: nothing is held back here."""
+
+
+def _write_at_once(number: int, data: bytes) -> int:
+    """Write what a file takes without waiting. Return how many bytes that was."""
+    done = 0
+    while done < len(data) and _takes_more(number):
+        try:
+            done += os.write(number, data[done : done + select.PIPE_BUF])
+        except OSError:
+            break
+    return done
 
 
 def _takes_more(number: int) -> bool:
@@ -110,6 +118,28 @@ def _takes_more(number: int) -> bool:
     poll = select.poll()
     poll.register(number, select.POLLOUT)
     return any(event & select.POLLOUT for _, event in poll.poll(0))
+
+
+_reopened: dict[tuple[int, int], int] = {}
+
+
+def _not_waiting(number: int) -> int:
+    """The same terminal or pipe, opened so that writes never wait: a terminal takes less than
+    it promises, and another worker can fill a pipe meanwhile. Other files as they are. Raises
+    `OSError`."""
+    status = os.fstat(number)
+    if not (stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)):
+        return number
+    known = _reopened.get((status.st_dev, status.st_ino))
+    if known is None:
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            known = os.open(f"/proc/self/fd/{number}", flags)
+        except OSError:
+            # Without /proc, or without the permission.
+            known = number
+        _reopened[status.st_dev, status.st_ino] = known
+    return known
 
 
 _standard_error = _StandardError()

@@ -112,6 +112,8 @@ class Gate:
 
     def start_next(self) -> None:
         """Start the request that has waited longest, if there is room for it."""
+        # First, because a connection that is shed may go on with its next request.
+        self.queue.shed_overdue()
         if self.metrics.requests_in_flight < self.max_requests_in_flight:
             waiter = self.queue.take()
             if waiter is not None:

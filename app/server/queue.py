@@ -58,9 +58,8 @@ class RequestQueue(Generic[W]):
                 waiter.shed()
 
     def take(self) -> W | None:
-        """Remove the oldest request and return its connection, after shedding what has waited
-        too long. Return None if nothing waits."""
-        self.shed_overdue()
+        """Remove the oldest request and return its connection, or None if nothing waits. Shed
+        what is overdue before this."""
         while self.waiting:
             _, waiter = self.waiting.popleft()
             if waiter.is_waiting:

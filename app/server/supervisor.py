@@ -58,6 +58,8 @@ class Worker(Process):
         self._must_start_by = monotonic() + patience
         self._is_asked = False
         self.has_started = False
+        self.retry_at: float | None = None
+        """When to replace it, if it could not start. An instant of the monotonic clock."""
         super().__init__(config, sockets)
 
     # In the worker.
@@ -128,9 +130,8 @@ class Supervisor(Multiprocess):
         self._start_timeout_secs = start_timeout_secs
         self._lifeline, self._held = multiprocessing.Pipe(duplex=False)
         self._has_been_up = False
-        self._failures = 0
-        """Starts that have failed since the last one that has not."""
-        self._retry_at = 0.0
+        self._failures: dict[int, int] = {}
+        """For each place, the starts that have failed since the last one that has not."""
         self.has_failed = False
         """Whether the service ended because it could not start."""
 
@@ -148,13 +149,17 @@ class Supervisor(Multiprocess):
     @override
     def keep_subprocess_alive(self) -> None:
         for place, worker in enumerate(self.processes):
-            if self.should_exit.is_set() or worker.is_well():
+            if self.should_exit.is_set():
+                return
+            if worker.is_well():
+                if worker.has_started:
+                    self._failures.pop(place, None)
                 continue
             if worker.process.is_alive():
                 get_logger().error("worker does not answer", worker=worker.pid)
                 worker.kill()
             worker.join()
-            if not worker.has_started and not self._may_try_again(worker):
+            if not worker.has_started and not self._may_try_again(place, worker):
                 continue
             get_logger().warning("worker ended", worker=worker.pid, code=worker.exitcode)
             self.processes[place] = self._start_worker()
@@ -162,9 +167,8 @@ class Supervisor(Multiprocess):
             if not self._has_been_up:
                 get_logger().info("all workers have started", workers=len(self.processes))
             self._has_been_up = True
-            self._failures = 0
 
-    def _may_try_again(self, worker: Worker) -> bool:
+    def _may_try_again(self, place: int, worker: Worker) -> bool:
         """Return whether to replace a worker that could not start, now."""
         cannot_start = worker.exitcode in {STARTUP_FAILURE, BAD_SETTINGS}
         if cannot_start and not self._has_been_up:
@@ -172,15 +176,13 @@ class Supervisor(Multiprocess):
             self.should_exit.set()
             return False
         now = monotonic()
-        if not self._retry_at:
-            self._failures += 1
-            delay_secs = min(RETRY_SECS * 2 ** (self._failures - 1), MAX_RETRY_SECS)
+        if worker.retry_at is None:
+            failures = self._failures.get(place, 0)
+            self._failures[place] = failures + 1
+            delay_secs = min(RETRY_SECS * 2**failures, MAX_RETRY_SECS)
             get_logger().error("worker cannot start", worker=worker.pid, retry_secs=delay_secs)
-            self._retry_at = now + delay_secs
-        if now < self._retry_at:
-            return False
-        self._retry_at = 0.0
-        return True
+            worker.retry_at = now + delay_secs
+        return now >= worker.retry_at
 
     @override
     def terminate_all(self) -> None:

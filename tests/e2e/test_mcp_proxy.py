@@ -78,7 +78,7 @@ async def test_an_agent_works_until_it_is_stopped(
         ("admitted", "buy milk"),
         ("refused", "This tool is not available in this task; use one of the tools that are."),
         ("admitted", "buy milk"),
-        ("refused", "This task session has been closed; stop here."),
+        ("refused", "This task has been closed; stop here."),
     ]
     assert killed.json()["closed"] == 1
     assert (session["calls_made"], session["status"]) == (2, "closed")

@@ -391,6 +391,34 @@ class TestShedding:
         assert statuses(connection) == [b"204", b"503"]
         assert b"x-request-id: two" in connection.transport.written
 
+    async def test_a_shed_request_lets_no_more_in_flight_than_allowed(
+        self, connect: Connect
+    ) -> None:
+        """Its connection goes on with the next request, into the place that has become free."""
+        first = connect(waits_a_turn, tasks=True, limits=Limits(requests_in_flight=1))
+        gate = first._gate
+        now = 0.0
+        gate.queue = RequestQueue(0.25, lambda: now)
+        others = [connect(waits_a_turn, tasks=True) for _ in range(2)]
+        for each in others:
+            each._gate, each._metrics, each._max_in_flight = gate, gate.metrics, 1
+        first.data_received(GET)
+        others[0].data_received(GET * 2)
+        now = 0.2
+        others[1].data_received(GET)
+        now = 0.3
+        most = 0
+        for _ in range(12):
+            await asyncio.sleep(0)
+            most = max(most, gate.metrics.requests_in_flight)
+
+        assert most == 1
+        assert [statuses(each) for each in (first, *others)] == [
+            [b"204"],
+            [b"503", b"204"],
+            [b"204"],
+        ]
+
     async def test_nothing_overtakes_a_response_in_one_turn(self, connect: Connect) -> None:
         connection = connect(never_waits, tasks=False)
         turn = connection._turn

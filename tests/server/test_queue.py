@@ -58,6 +58,7 @@ def test_a_request_is_shed_when_it_has_waited_longer_than_the_delay(
     assert not early.is_shed
 
     clock.now += 0.001
+    queue.shed_overdue()
 
     assert queue.take() is late
     assert (early.is_shed, late.is_shed) == (True, False)
@@ -71,6 +72,7 @@ def test_others_may_wait_although_one_has_waited_too_long(
     queue.join(overdue)
     clock.now += DELAY + 0.001
     queue.join(waits)
+    queue.shed_overdue()
 
     assert queue.take() is waits
     assert overdue.is_shed
@@ -85,6 +87,7 @@ def test_clients_that_gave_up_are_passed_over(
     queue.join(waits)
     gone.is_waiting = False
     clock.now += 0.001
+    queue.shed_overdue()
 
     assert queue.take() is waits
     assert not gone.is_shed

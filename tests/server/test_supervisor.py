@@ -38,6 +38,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.well = True
         self.has_started = False
+        self.retry_at: float | None = None
         self.exitcode: int | None = None
 
     def is_well(self) -> bool:
@@ -114,6 +115,23 @@ def test_later_a_start_that_fails_is_tried_again_less_and_less_often(
 
     assert delays == [RETRY_SECS, 2.0, 4.0, 8.0, MAX_RETRY_SECS, MAX_RETRY_SECS]
     assert not parent.should_exit.is_set()
+
+
+def test_workers_that_cannot_start_wait_together(parent: Supervisor, clock: Clock) -> None:
+    for each in fakes(parent):
+        each.has_started = True
+    parent.keep_subprocess_alive()
+    for each in fakes(parent):
+        each.has_started = False
+        each.end(STARTUP_FAILURE)
+    failed = fakes(parent)
+    parent.keep_subprocess_alive()
+    assert fakes(parent) == failed
+
+    clock.now += RETRY_SECS
+    parent.keep_subprocess_alive()
+
+    assert all(each.well for each in fakes(parent))
 
 
 def test_a_worker_may_take_its_time_to_start(
