@@ -41,7 +41,7 @@ from app.observability.tracing import (
 )
 from app.observability.workers import SharedMetrics
 from app.replica import Replica
-from app.server.drain import Drain
+from app.server.drain import Drain, ending_at_once
 from app.server.gate import Gate, Limits
 from app.server.sighup import handle_sighup
 from app.server.turn import Turn
@@ -87,7 +87,8 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
         async with AsyncExitStack() as stack:
             stack.enter_context(handle_sighup(*reloads))
             with _explaining_failure():
-                await store.open()
+                with ending_at_once():
+                    await store.open()
                 stack.push_async_callback(store.aclose)
                 if audit is not None:
                     audit.open()

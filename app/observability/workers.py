@@ -74,7 +74,8 @@ class SharedMetrics:
         if self._file is None or (encoded == self._published and self._file.exists()):
             return
         # Somebody may have removed the folder, and the lock with it.
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        if not self._file.parent.exists():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
         if not self._file.with_suffix(LOCK).exists():
             self._take_lock(self._file.with_suffix(LOCK))
         # Readers never see a partial file.

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import struct
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -47,23 +47,12 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._service_stops = service_stops
-        self._is_starting = False
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._is_starting = True
-        await super().startup(sockets)
-        self._is_starting = False
-
-    @override
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._is_starting:
-            # The store may take its time, even in a thread, which cannot be cancelled. Nothing
-            # has been served yet, so there is nothing to finish.
-            get_logger().info("stopped before it had started")
-            sys.stderr.flush()
-            os._exit(0)
-        super().handle_exit(sig, frame)
+        # It may have been told to stop while it imported the service.
+        if not self.should_exit:
+            await super().startup(sockets)
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -74,6 +63,32 @@ class DrainingServer(uvicorn.Server):
             for _ in range(self.config.backlog + 1):
                 await asyncio.sleep(0)
         await super().shutdown(sockets)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the process at SIGTERM or SIGINT within this block, which waits for the store.
+
+    It may wait in a thread, which cannot be cancelled. Nothing has been served yet, so there is
+    nothing to finish.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        # Nothing is logged: the handler may run while a line is being written, under its lock.
+        os._exit(0)
+
+    before = {number: signal.signal(number, on_signal) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def hold_back_connections(listening: socket.socket) -> None:

@@ -34,3 +34,8 @@ class FairShare:
     def copy(self) -> FairShare:
         """An independent copy."""
         return FairShare(self._room, self._used)
+
+    @property
+    def total(self) -> int:
+        """What all callers use together."""
+        return self._total

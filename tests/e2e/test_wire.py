@@ -54,6 +54,7 @@ def call(
 def settled(received: bytes) -> bytes:
     received = re.sub(rb"date: [^\r]*", b"date: DATE", received)
     received = re.sub(rb"[0-9a-f-]{36}", b"ID", received)
+    received = re.sub(rb'(?<="session_ref":")[0-9a-f]{8}', b"REF", received)
     received = re.sub(rb";t=\d+", b";t=T", received)
     return re.sub(rb"\d{4}-\d\d-\d\dT[0-9:.]*Z", b"INSTANT", received)
 

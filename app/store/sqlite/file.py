@@ -143,8 +143,8 @@ class DatabaseFile:
         for name, identity in self._files.items():
             if _identity(name) != identity:
                 raise OSError(0, "another file has taken its place; put the original back")
-        # It may grow: a checkpoint by another program, such as SQLite's command line, moves what
-        # has been committed from the log into the file.
+        # It may grow: a checkpoint by another program, such as SQLite's command line, moves
+        # what has been committed from the log into the file.
         if any(now < known for now, known in zip(self._read_sizes(), self._sizes, strict=True)):
             raise OSError(
                 0,
