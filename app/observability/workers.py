@@ -73,7 +73,7 @@ class SharedMetrics:
         encoded = msgspec.json.encode(self.own.counts())
         if self._file is None or (encoded == self._published and self._file.exists()):
             return
-        # Somebody may have removed the folder, and the lock with it.
+        # The folder may have been removed, and the lock with it.
         if not self._file.parent.exists():
             self._file.parent.mkdir(parents=True, exist_ok=True)
         if not self._file.with_suffix(LOCK).exists():

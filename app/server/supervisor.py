@@ -186,8 +186,8 @@ class Supervisor(Multiprocess):
 
     @override
     def terminate_all(self) -> None:
-        # In this order: a worker that is told to stop finds out that all do, and the last one
-        # to close its copy of a socket closes the socket.
+        # Close these first: then a worker that gets the signal sees that the whole service
+        # stops, and the last worker to close its copy of a socket closes the socket.
         self._held.close()
         for each in self.sockets:
             each.close()
