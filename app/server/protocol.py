@@ -503,7 +503,10 @@ class LimitedProtocol(asyncio.Protocol):
         return self._answered and self.state is State.IDLE and not self._reader.receiving
 
     def _is_answered(self) -> bool:
-        return self._current is None or self._current.response_complete
+        """Whether no response is owed now. One is not owed to a request whose body is still
+        arriving, although it may have got its 100 Continue."""
+        current = self._current
+        return current is None or current.response_complete or current.more_body
 
     # Deadlines and closing.
 
@@ -524,6 +527,14 @@ class LimitedProtocol(asyncio.Protocol):
                 self._await_reading()
             else:
                 self.transport.abort()
+        elif state is State.LINGERING and (unsent := unsent_bytes(self.transport)):
+            # To close now, with unread data, would discard what the client has not read yet.
+            read = self._unsent_bytes - unsent
+            is_first = not self._unsent_bytes
+            if is_first or read >= MIN_READ_BYTES_PER_SEC * self._gate.request_timeout_secs:
+                self._await_reading()
+            else:
+                self._close()
         elif state in _ANSWERS_LATER and (self.flow.read_paused or not receiving):
             # The service, not the client, is taking the time.
             self._set_deadline(self._gate.request_timeout_secs)
@@ -596,6 +607,7 @@ class LimitedProtocol(asyncio.Protocol):
     def _half_close(self) -> None:
         self._turn.flush()
         self.state = State.LINGERING
+        self._unsent_bytes = 0
         self._set_deadline(LINGER_SECS)
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -320,6 +320,51 @@ class TestSlowReaders:
         await turns()
         assert metrics.requests_in_flight == 0
 
+    @pytest.mark.parametrize("before", [b"", GET], ids=["first", "pipelined"])
+    async def test_a_body_is_awaited_although_100_continue_fills_the_buffer(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch, before: bytes
+    ) -> None:
+        connection = connect(responds_whole, tasks=False)
+        write = connection.transport.write
+
+        def pausing(data: bytes) -> None:
+            write(data)
+            if b" 100 " in data:
+                connection.pause_writing()
+
+        monkeypatch.setattr(connection.transport, "write", pausing)
+        head = GET.replace(b"GET", b"POST").replace(
+            b"Host", b"Expect: 100-continue\r\nContent-Length: 1\r\nHost"
+        )
+        connection.data_received(before + head)
+        await turns()
+        assert connection.state is State.SENDING
+        connection.resume_writing()
+        assert (connection.state, connection.flow.read_paused) == (State.IDLE, False)
+
+        connection.data_received(b"x")
+        await turns()
+
+        assert statuses(connection)[-2:] == [b"100", b"204"]
+
+    async def test_a_refusal_waits_for_what_the_client_has_not_read_yet(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unsent = 200_000
+        monkeypatch.setattr("app.server.protocol.unsent_bytes", lambda _: unsent)
+        connection = connect(responds_whole, tasks=False)
+        connection.data_received(b"nonsense\r\n")
+        assert connection.state is State.LINGERING
+
+        for _ in range(2):
+            connection.on_deadline()
+            assert connection.state is State.LINGERING
+            unsent -= 90_000
+        unsent = 0
+        connection.on_deadline()
+
+        assert connection.state is State.CLOSING
+
     async def test_a_client_must_read_fast_enough(
         self, connect: Connect, monkeypatch: pytest.MonkeyPatch
     ) -> None:
