@@ -23,7 +23,7 @@ from app.api.problem_types import PROBLEM_TYPES
 from app.api.schemas import canonical_uuid
 from app.domain.errors import StoreUnusable
 from app.http.auth import Scope, new_key
-from app.main import IGNORED, create_app
+from app.main import create_app, open_log
 from app.observability.audit import STDOUT
 from app.observability.audit_search import (
     AuditSearch,
@@ -32,7 +32,6 @@ from app.observability.audit_search import (
     parse_time,
     rotations,
 )
-from app.observability.logs import configure_logs, get_logger
 from app.server.drain import DrainingServer
 from app.server.protocol import LimitedProtocol
 from app.server.supervisor import Supervisor
@@ -215,9 +214,7 @@ def _serve_by_workers(settings: Settings, listening: socket.socket) -> int:
     with tempfile.TemporaryDirectory(prefix="arbiter-metrics-") as folder:
         os.environ["ARBITER_PORT"] = str(settings.port)
         os.environ["ARBITER_METRICS_DIR"] = str(settings.metrics_dir or folder)
-        configure_logs(settings.log_format, settings.log_level)
-        if settings.ignored:
-            get_logger().info(IGNORED, names=settings.ignored)
+        open_log(settings)
         config = server_config("app.main:app", settings)
         supervisor = Supervisor(config, [listening], settings.start_timeout_secs)
         # It has handlers now.

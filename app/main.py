@@ -51,13 +51,11 @@ from app.store import open_store
 from app.store.contract import SessionStore, StoreLimits
 from app.sweeper import Sweeper
 
-IGNORED = "variables of a Kubernetes Service ignored"
-
 
 def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatcher:
     """Build the service that `settings` describe, over `store` if given. The application opens
     the store when it starts and closes it when it stops."""
-    _configure_logs(settings)
+    open_log(settings)
     tracing = open_tracing()
     store = store or open_store(settings.store_url, _store_limits(settings))
     metrics = Metrics()
@@ -126,11 +124,12 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
     return build_application(services, lifespan, tracing)
 
 
-def _configure_logs(settings: Settings) -> None:
+def open_log(settings: Settings) -> None:
+    """Send the log to standard error, as `settings` say, and begin it with what they ignore."""
     more = [add_trace_ids] if tracing_enabled() else []
     configure_logs(settings.log_format, settings.log_level, *more)
     if settings.ignored:
-        get_logger().info(IGNORED, names=settings.ignored)
+        get_logger().info("variables of a Kubernetes Service ignored", names=settings.ignored)
 
 
 def _store_limits(settings: Settings) -> StoreLimits:

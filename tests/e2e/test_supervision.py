@@ -97,6 +97,22 @@ def test_a_second_signal_to_the_parent_ends_the_delay(
     assert service.stop() == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ignored_variables_of_kubernetes_take_one_line_of_the_log(
+    start_service: StartService, server: engines.Server, workers: str
+) -> None:
+    service = start_service(
+        ARBITER_STORE_URL=server.url + PATIENTLY,
+        ARBITER_WORKERS=workers,
+        ARBITER_SERVICE_HOST="10.96.7.1",
+        ARBITER_PORT_8000_TCP="tcp://10.96.7.1:8000",
+    )
+    until(lambda: len(logged(service, "starting")) == int(workers))
+
+    (line,) = logged(service, "variables of a Kubernetes Service ignored")
+    assert "ARBITER_PORT_8000_TCP" in line
+
+
 def starting(**variables: str) -> subprocess.Popen[str]:
     """Start the service without waiting for anything."""
     return subprocess.Popen(

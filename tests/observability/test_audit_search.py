@@ -104,6 +104,7 @@ async def test_lines_are_found_as_the_service_writes_them(
     assert search("--session", digest(session), file) == [created, again, killed]
     assert search("--agent", AGENT.upper(), file) == [created, again, killed]
     assert search("--outcome", "session_closed", file) == [again]
+    assert search("--request-id", "r-2", file) == [killed]
     assert search("--caller", "boss", "--since", "1m", file) == [replica]
     assert (search.code, search.error) == (0, "")
 
