@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from app import __version__
 from app.api.application import Services, build_application
 from app.api.gateways import FREE_METHODS, GatewayOptions
+from app.domain.capacity import StoreLimits
 from app.domain.errors import Unusable
 from app.gc_tuning import short_pauses
 from app.http.auth import Authenticator
@@ -48,7 +49,7 @@ from app.server.turn import Turn
 from app.service import SessionService
 from app.settings import BadSettings, Settings, load_settings, redact_url
 from app.store import open_store
-from app.store.contract import SessionStore, StoreLimits
+from app.store.contract import SessionStore
 from app.sweeper import Sweeper
 
 

@@ -18,6 +18,7 @@ from app.domain.admission import Admission, Admitted, Denied, Operation
 from app.domain.advice import DenialCode
 from app.domain.ceilings import Ceilings, GrantExceedsKey, exceeded, lowered
 from app.domain.errors import ArbiterError, InvalidField, ShuttingDown, StoreUnavailable
+from app.domain.idempotency import ChangeKey, CreationKey, IdempotencyKey
 from app.domain.lifecycle import (
     Amendment,
     Changed,
@@ -39,9 +40,6 @@ from app.observability.audit import Actor
 from app.observability.events import Events
 from app.store.codec import to_text
 from app.store.contract import (
-    ChangeKey,
-    CreationKey,
-    IdempotencyKey,
     InvalidCursor,
     Page,
     SessionFilter,

@@ -28,12 +28,12 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.domain.capacity import StoreLimits
 from app.http.auth import ApiKey, KeyRing, is_loopback
 from app.key_file import BadKeyFile, read_keys
 from app.observability.audit import STDOUT
 from app.observability.logs import LogFormat, LogLevel
 from app.store import ONE_PROCESS, open_store, scheme_of
-from app.store.contract import StoreLimits
 
 PREFIX = "ARBITER_"
 TEN_YEARS_SECS = 10 * 366 * 86_400

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from app.store.contract import StoreLimits
+from app.domain.capacity import StoreLimits
 from app.store.sqlite.file import Location
 from app.store.sqlite.store import SqliteStore
 from bench.in_process import a_grant

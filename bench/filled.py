@@ -13,11 +13,11 @@ import uvicorn
 
 from app.cli import server_config
 from app.domain.admission import Admitted
+from app.domain.capacity import StoreLimits
 from app.domain.session import Grant
 from app.domain.tools import AllowList
 from app.main import create_app
 from app.settings import load_settings
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from bench.servers import SESSION
 

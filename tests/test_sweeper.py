@@ -8,10 +8,11 @@ import tracemalloc
 
 import pytest
 
+from app.domain.capacity import StoreLimits
+from app.domain.verbs import Swept
 from app.observability.events import Events
 from app.observability.logs import configure_logs
 from app.observability.metrics import Metrics
-from app.store.contract import StoreLimits, Swept
 from app.store.memory.store import MemoryStore
 from app.sweeper import SLICE_SESSIONS, Sweeper
 from tests.conftest import MakeStore

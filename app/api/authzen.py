@@ -23,6 +23,7 @@ from app.api.dependencies import RequestActor, Service
 from app.api.encode import REPLAYED, denied_response, rate_headers
 from app.api.schemas import CANONICAL_UUID, Tier, ToolName
 from app.domain.admission import NO_SESSION, Admitted, Denied
+from app.domain.idempotency import IdempotencyKey
 from app.domain.tools import MAX_BATCH
 from app.http.auth import Scope
 from app.http.headers import idempotency_key
@@ -39,7 +40,6 @@ from app.http.request_id import REQUEST_ID
 from app.http.response import RawResponse, json_response
 from app.http.route import PUBLIC, Handler, StrictRoute, allow, field_errors, names_no_tool
 from app.service import SessionService
-from app.store.contract import IdempotencyKey
 
 CALL = "tools/call"
 SESSION = "session"

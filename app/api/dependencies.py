@@ -11,13 +11,13 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from app.api.problem_types import session_not_found
 from app.api.schemas import AGENT_ID_EXAMPLE, CANONICAL_UUID, SESSION_ID_EXAMPLE, canonical_uuid
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import MAX_INT32
 from app.http.headers import MAX_IDEMPOTENCY_KEY_CHARS, idempotency_key, wants_minimal
 from app.http.problems import invalid_field
 from app.http.request import StrictRequest
 from app.observability.audit import Actor
 from app.service import SessionService
-from app.store.contract import IdempotencyKey
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 100

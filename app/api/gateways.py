@@ -27,6 +27,7 @@ from app.api.encode import REPLAYED, denied_response, rate_headers
 from app.api.problem_types import session_not_found
 from app.api.schemas import CANONICAL_UUID
 from app.domain.admission import Denied
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import DataSensitivity
 from app.domain.tools import TOOL_NAME_PATTERN
 from app.http.auth import Authenticator, Caller, Scope, Unauthenticated
@@ -44,7 +45,6 @@ from app.http.problems import (
 from app.http.request import StrictRequest
 from app.http.response import JSON, RawResponse
 from app.http.route import Handler, StrictRoute, allow
-from app.store.contract import IdempotencyKey
 
 FREE_METHODS = frozenset({
     "initialize",

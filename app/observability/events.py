@@ -9,11 +9,11 @@ import os
 from app.domain.admission import Admission, Admitted, Denied, Operation, Violation
 from app.domain.errors import ArbiterError, ShuttingDown, TransientError
 from app.domain.lifecycle import Changed
+from app.domain.verbs import Swept
 from app.observability.audit import NOBODY, Actor, AuditLog
 from app.observability.denials import Denials
 from app.observability.logs import LogLevel, LogLimit, apply_log_level, get_logger, short
 from app.observability.metrics import Metrics
-from app.store.contract import Swept
 
 _DRY_RUN = "dry_run"
 _OPERATION = {True: Operation.CALL.value, False: Operation.BATCH.value}

@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from app.store.contract import SessionStore, StoreLimits
+from app.domain.capacity import StoreLimits
+from app.store.contract import SessionStore
 
 BACKENDS = {
     "memory": "app.store.memory.store:MemoryStore",

@@ -22,72 +22,13 @@ Session and agent ids are canonical lower-case UUIDs. Callers have validated all
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from app.domain.admission import Admission, Admitted, Denied
+from app.domain.idempotency import ChangeKey, CreationKey, IdempotencyKey
 from app.domain.lifecycle import Changed, Transition
 from app.domain.session import AgentState, Freeze, Grant, Session, SessionStatus
-
-CREATION_REPLAY_SECS = 24 * 3600
-"""How long a creation can be replayed with its idempotency key."""
-
-TOO_MANY_CREATIONS = (
-    "The store cannot remember another creation with this caller's Idempotency-Key; nothing "
-    "was created. Retry later, omit the key, or raise ARBITER_MAX_SESSIONS."
-)
-"""The message of `SessionLimitReached` when the key of a creation cannot be remembered."""
-
-TOO_MANY_CALLS = (
-    "The store cannot remember another call with this caller's Idempotency-Key; nothing was "
-    "recorded. Retry later, omit the key, or raise ARBITER_MAX_REMEMBERED_CALLS."
-)
-"""The message of `SessionLimitReached` when the key of a call cannot be remembered."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreLimits:
-    """How much a store may hold, and for how long."""
-
-    retention_secs: int = 300
-    max_sessions: int = 1_000_000
-    """The most sessions in the store, including ended ones not yet removed."""
-    max_active_sessions_per_agent: int | None = None
-    max_remembered_calls: int = 2_000_000
-    """How many calls with idempotency keys of one caller a store keeps in memory. All callers
-    together may have twice as many (`FairShare`). Stores that keep them elsewhere are limited
-    by the disk or the engine."""
-
-    @property
-    def max_remembered_creations(self) -> int:
-        """How many creations are remembered by idempotency key. One caller alone may have half
-        of them (`FairShare`), which is as many as there may be sessions."""
-        return 2 * self.max_sessions
-
-
-class IdempotencyKey(NamedTuple):
-    """A key belongs to the caller who sent it: equal keys of two callers are different."""
-
-    caller: str
-    key: str
-
-
-class CreationKey(NamedTuple):
-    """The idempotency key of a creation. It belongs to the caller and the agent."""
-
-    caller: str
-    key: str
-    request: str
-    """A digest of the request as the caller sent it. A retry must repeat the request."""
-
-
-class ChangeKey(NamedTuple):
-    """The idempotency key of a change. It shares its session with the keys of calls."""
-
-    caller: str
-    key: str
-    request: str
-    """A digest of the request, different from any admission. A retry must repeat it."""
+from app.domain.verbs import Swept
 
 
 class Totals(NamedTuple):
@@ -143,17 +84,6 @@ class FrozenAgents(NamedTuple):
 
     agents: list[tuple[str, Freeze]]
     next_cursor: str | None
-
-
-class Swept(NamedTuple):
-    """What one slice of a sweep removed."""
-
-    expired: int
-    """Removed sessions that expired without being closed."""
-    closed: int
-    """Removed sessions that had been closed."""
-    more: bool
-    """Whether to sweep another slice at once."""
 
 
 class InvalidCursor(ValueError):

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from app.domain.capacity import StoreLimits
 from app.settings import BadSettings, load_settings
-from app.store.contract import StoreLimits
 from tests.api.test_problems import BrokenStore
 from tests.conftest import Api, MakeApi
 from tests.support import ManualClock, new_id

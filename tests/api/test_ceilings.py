@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from app.domain.capacity import StoreLimits
 from app.domain.ceilings import Ceilings
 from app.domain.session import DataSensitivity
 from app.domain.tools import AllowList
 from app.http.auth import ApiKey, Scope
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.support import ManualClock, session_request

@@ -11,9 +11,9 @@ import pytest
 
 from app.api.gateways import FREE_METHODS
 from app.api.problem_types import PROBLEM_TYPES
+from app.domain.capacity import StoreLimits
 from app.http.auth import Scope, new_key
 from app.settings import BadSettings, load_settings
-from app.store.contract import StoreLimits
 from tests.api.test_problems import BrokenStore
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, ManualClock, new_id

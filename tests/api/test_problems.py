@@ -9,6 +9,7 @@ import pytest
 from app.api import problem_types
 from app.api.problem_types import AGENT_MESSAGES, PROBLEM_TYPES
 from app.domain.advice import DenialCode
+from app.domain.capacity import StoreLimits
 from app.domain.errors import (
     ShuttingDown,
     StoreUnavailable,
@@ -18,7 +19,6 @@ from app.domain.errors import (
 from app.http import problems
 from app.http.auth import Scope, new_key
 from app.http.problems import ProblemType
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, OTHER_AGENT, START, ManualClock, session_request

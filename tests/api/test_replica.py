@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from app import __version__
+from app.domain.capacity import StoreLimits
 from app.domain.errors import ShuttingDown
 from app.http.auth import Scope, new_key
 from app.observability.audit import Actor
@@ -20,7 +21,6 @@ from app.observability.events import Events
 from app.observability.metrics import Metrics
 from app.replica import Replica
 from app.service import SessionService
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.engines import until

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.store.contract import StoreLimits
+from app.domain.capacity import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.conftest import Api, MakeApi
 from tests.support import AGENT, OTHER_AGENT, ManualClock, new_id, session_request

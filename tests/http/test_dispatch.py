@@ -10,9 +10,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app.domain.capacity import StoreLimits
 from app.main import create_app
 from app.settings import Settings
-from app.store.contract import StoreLimits
 from app.store.memory.store import MemoryStore
 from tests.support import AGENT, ManualClock, session_request
 

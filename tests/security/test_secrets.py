@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.domain.capacity import StoreLimits
 from app.http.auth import Authenticator, Scope, new_key
 from app.settings import Settings
 from app.store import open_store
-from app.store.contract import StoreLimits
 from tests import engines
 from tests.services import ROOT, StartService
 from tests.support import session_request

@@ -11,17 +11,11 @@ from msgspec.structs import replace
 from app.domain.admission import NO_SESSION, Admitted, Denied, key_conflict
 from app.domain.advice import DenialCode as Code
 from app.domain.errors import InvalidField, SessionLimitReached
+from app.domain.idempotency import ChangeKey, CreationKey, IdempotencyKey
 from app.domain.lifecycle import Amendment, Changed, amend, resume
 from app.domain.session import MICROSECONDS, Freeze, Session, SessionStatus, Terms
 from app.domain.tools import AllowList
-from app.store.contract import (
-    ChangeKey,
-    CreationKey,
-    IdempotencyKey,
-    InvalidCursor,
-    SessionFilter,
-    SessionStore,
-)
+from app.store.contract import InvalidCursor, SessionFilter, SessionStore
 from tests.conftest import MakeStore
 from tests.support import (
     AGENT,

@@ -13,16 +13,12 @@ import pytest
 
 from app.domain.admission import Admitted, Denied
 from app.domain.advice import DenialCode
+from app.domain.capacity import StoreLimits
 from app.domain.errors import SessionLimitReached
+from app.domain.idempotency import ChangeKey, IdempotencyKey
 from app.domain.lifecycle import Amendment, Changed, amend
 from app.domain.session import DataSensitivity, PausedBy, Session, SessionStatus
-from app.store.contract import (
-    ChangeKey,
-    IdempotencyKey,
-    SessionFilter,
-    SessionStore,
-    StoreLimits,
-)
+from app.store.contract import SessionFilter, SessionStore
 from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,

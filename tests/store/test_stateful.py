@@ -27,17 +27,13 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.capacity import StoreLimits
+from app.domain.idempotency import ChangeKey, IdempotencyKey
 from app.domain.lifecycle import Amendment, Changed, amend, resume
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session, SessionStatus
 from app.domain.tools import AllowList
 from app.store.codec import to_text
-from app.store.contract import (
-    ChangeKey,
-    IdempotencyKey,
-    SessionFilter,
-    SessionStore,
-    StoreLimits,
-)
+from app.store.contract import SessionFilter, SessionStore
 from tests.conftest import DURABLE, STORES
 from tests.support import (
     AGENT,

@@ -28,7 +28,14 @@ from app.domain.admission import (
     key_conflict,
     too_many_sessions,
 )
+from app.domain.capacity import TOO_MANY_CALLS, TOO_MANY_CREATIONS, StoreLimits
 from app.domain.errors import SessionLimitReached
+from app.domain.idempotency import (
+    CREATION_REPLAY_SECS,
+    ChangeKey,
+    CreationKey,
+    IdempotencyKey,
+)
 from app.domain.lifecycle import Changed, Transition, check_running, close
 from app.domain.session import (
     MICROSECONDS,
@@ -39,21 +46,14 @@ from app.domain.session import (
     Session,
     SessionStatus,
 )
+from app.domain.verbs import Swept
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
-    CREATION_REPLAY_SECS,
     LOOKED_AT_MOST,
-    TOO_MANY_CALLS,
-    TOO_MANY_CREATIONS,
-    ChangeKey,
-    CreationKey,
     FrozenAgents,
-    IdempotencyKey,
     Page,
     SessionFilter,
     SessionStore,
-    StoreLimits,
-    Swept,
     Totals,
 )
 from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page

@@ -13,7 +13,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from app.store.contract import CreationKey, IdempotencyKey
+from app.domain.idempotency import CreationKey, IdempotencyKey
 
 LAYOUT = "arbiter:layout"
 LAYOUT_VERSION = "1"

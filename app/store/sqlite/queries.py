@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import astuple, replace
 
+from app.domain.idempotency import CreationKey, IdempotencyKey
 from app.domain.session import ClosedBy, Freeze, Grant, Marks, Session, Terms, Usage
 from app.store.codec import marks_of, to_grant, to_marks, to_text
-from app.store.contract import CreationKey, IdempotencyKey
 from app.store.cursor import Cursor
 from app.store.sqlite.file import DAMAGED
 

@@ -19,26 +19,24 @@ import msgspec
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
+from app.domain.capacity import StoreLimits
 from app.domain.errors import (
     ArbiterError,
     StoreUnavailable,
     StoreUnreachable,
 )
+from app.domain.idempotency import ChangeKey, CreationKey, IdempotencyKey
 from app.domain.lifecycle import Changed, Transition
 from app.domain.session import AgentState, Grant, Session
+from app.domain.verbs import Swept
 from app.store.availability import Availability
 from app.store.clock import Clock, anchored_clock
 from app.store.contract import (
-    ChangeKey,
-    CreationKey,
     FrozenAgents,
-    IdempotencyKey,
     InvalidCursor,
     Page,
     SessionFilter,
     SessionStore,
-    StoreLimits,
-    Swept,
     Totals,
 )
 from app.store.sqlite.file import DAMAGED, DatabaseFile, Location, explained, reason

@@ -20,7 +20,14 @@ from app.domain.admission import (
     key_conflict,
     too_many_sessions,
 )
+from app.domain.capacity import TOO_MANY_CREATIONS, StoreLimits
 from app.domain.errors import SessionLimitReached
+from app.domain.idempotency import (
+    CREATION_REPLAY_SECS,
+    ChangeKey,
+    CreationKey,
+    IdempotencyKey,
+)
 from app.domain.lifecycle import Changed, Transition, check_running
 from app.domain.session import (
     MICROSECONDS,
@@ -31,19 +38,13 @@ from app.domain.session import (
     Session,
     SessionStatus,
 )
+from app.domain.verbs import Swept
 from app.store.clock import Clock
 from app.store.codec import to_text
 from app.store.contract import (
-    CREATION_REPLAY_SECS,
-    TOO_MANY_CREATIONS,
-    ChangeKey,
-    CreationKey,
     FrozenAgents,
-    IdempotencyKey,
     Page,
     SessionFilter,
-    StoreLimits,
-    Swept,
     Totals,
 )
 from app.store.cursor import FIRST, Cursor, decode_agent, frozen_page

@@ -10,10 +10,12 @@ from types import FrameType
 import pytest
 
 from app.domain.admission import Admission, Admitted
+from app.domain.capacity import StoreLimits
 from app.domain.errors import SessionLimitReached
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import MICROSECONDS
 from app.store.clock import anchored_clock
-from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.contract import SessionFilter
 from app.store.memory.store import LISTED_AT_ONCE, MemoryStore
 from tests.support import a_batch, a_call, a_grant, close, opened
 

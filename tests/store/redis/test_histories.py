@@ -15,18 +15,16 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 from typing_extensions import override
 
 from app.domain.admission import Admission, Admitted, Denied
+from app.domain.capacity import StoreLimits
+from app.domain.idempotency import ChangeKey, CreationKey, IdempotencyKey
 from app.domain.lifecycle import Changed, Transition
 from app.domain.session import AgentState, Grant, Session
+from app.domain.verbs import Swept
 from app.store.contract import (
-    ChangeKey,
-    CreationKey,
     FrozenAgents,
-    IdempotencyKey,
     Page,
     SessionFilter,
     SessionStore,
-    StoreLimits,
-    Swept,
     Totals,
 )
 from app.store.redis.client import Step

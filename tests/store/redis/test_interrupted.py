@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from app.domain.admission import Admitted, Denied
+from app.domain.capacity import StoreLimits
 from app.domain.errors import StoreUnavailable
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import Session, SessionStatus
-from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.contract import SessionFilter, SessionStore
 from app.store.redis.client import Step
 from app.store.redis.store import RedisStore
 from tests.conftest import STORES

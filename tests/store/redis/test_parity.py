@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from app.domain.admission import Admission, Admitted, Denied, Operation
+from app.domain.capacity import StoreLimits
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import MICROSECONDS, DataSensitivity, Grant, Session
 from app.domain.tools import AllowList
-from app.store.contract import IdempotencyKey, SessionStore, StoreLimits
+from app.store.contract import SessionStore
 from tests.conftest import STORES
 from tests.support import AGENT, OTHER_AGENT, ManualClock, close, opened
 

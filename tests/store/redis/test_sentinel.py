@@ -10,8 +10,8 @@ import pytest
 
 from app.domain.admission import Admitted
 from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import SessionStatus
-from app.store.contract import IdempotencyKey
 from app.store.redis.store import RedisStore
 from tests import engines
 from tests.engines import Sentinels, until

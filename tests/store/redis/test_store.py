@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from app.domain.admission import Admitted
+from app.domain.capacity import StoreLimits
 from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
+from app.domain.idempotency import ChangeKey, IdempotencyKey
 from app.domain.session import Session, SessionStatus
-from app.store.contract import ChangeKey, IdempotencyKey, StoreLimits
 from app.store.redis.client import Step
 from app.store.redis.scripts import DUE
 from app.store.redis.store import RedisStore

@@ -11,8 +11,9 @@ import pytest
 
 from app.domain.admission import Admitted, Denied
 from app.domain.errors import StoreUnavailable, StoreUnusable
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import Session, SessionStatus
-from app.store.contract import IdempotencyKey, SessionFilter
+from app.store.contract import SessionFilter
 from tests import engines
 from tests.conftest import PATIENTLY
 from tests.engines import Cluster, Sentinels, Server, Tls

@@ -10,8 +10,10 @@ import pytest
 
 from app.domain.admission import Admitted, Denied
 from app.domain.advice import DenialCode
+from app.domain.capacity import StoreLimits
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import SessionStatus
-from app.store.contract import IdempotencyKey, SessionFilter, SessionStore, StoreLimits
+from app.store.contract import SessionFilter, SessionStore
 from tests.conftest import STORES
 from tests.support import (
     AGENT,

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from app.domain.admission import Admitted
+from app.domain.capacity import StoreLimits
 from app.domain.errors import StoreUnavailable, StoreUnreachable, StoreUnusable
+from app.domain.idempotency import IdempotencyKey
 from app.domain.session import SessionStatus
 from app.store import open_store
-from app.store.contract import IdempotencyKey, SessionFilter, StoreLimits
+from app.store.contract import SessionFilter
 from app.store.sqlite.backup import back_up
 from app.store.sqlite.file import Location
 from app.store.sqlite.schema import APPLICATION_ID, VERSION
