@@ -35,6 +35,10 @@ class FairShare:
         """An independent copy."""
         return FairShare(self._room, self._used)
 
+    def used(self, caller: str) -> int:
+        """What the caller uses."""
+        return self._used.get(caller, 0)
+
     @property
     def total(self) -> int:
         """What all callers use together."""

@@ -42,10 +42,6 @@ class SessionIndex:
         last = self._by_agent.bisect_left(_past(agent_id))
         return last - self._by_agent.bisect_left((agent_id, now + 1, ""))
 
-    def earliest(self) -> Cursor | None:
-        """The position of the session with the earliest deadline, or `None`."""
-        return Cursor(*self._by_deadline[0]) if self._by_deadline else None
-
     def after(
         self, position: Cursor, agent_id: str | None, until: int | None
     ) -> Iterator[Cursor]:

@@ -16,6 +16,8 @@ V = TypeVar("V")
 SHARDS = 1024
 """A power of two. With a million entries, a shard has about a thousand."""
 
+_LAST = SHARDS - 1
+
 
 class ShardedDict(Generic[K, V]):
     """A mapping that spreads its keys over `SHARDS` dicts by hash."""
@@ -32,11 +34,11 @@ class ShardedDict(Generic[K, V]):
     def shard(self, key: K) -> dict[K, V]:
         """The dict that holds `key`, if any does. Only read it or replace values in it: the
         methods below keep count of the entries."""
-        return self._shards[hash(key) & (SHARDS - 1)]
+        return self._shards[hash(key) & _LAST]
 
     def get(self, key: K) -> V | None:
         """The value of `key`, or `None`."""
-        return self.shard(key).get(key)
+        return self._shards[hash(key) & _LAST].get(key)
 
     def __getitem__(self, key: K) -> V:
         return self.shard(key)[key]
