@@ -104,7 +104,7 @@ def create_app(settings: Settings, store: SessionStore | None = None) -> Dispatc
             events.started()
             stack.callback(events.stopped)
             gate = Gate(metrics, _limits(settings))
-            turn = Turn(asyncio.get_running_loop(), tasks=store.waits)
+            turn = Turn(asyncio.get_running_loop(), tasks=store.waits_apart)
             drain = Drain(gate, service.retire, settings.shutdown_delay_secs)
             stack.enter_context(short_pauses())
             stack.enter_context(drain.handle_sigterm())

@@ -175,7 +175,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._current: Exchange | None = None
         """The request that `state` is about, or the last one."""
         self._task: asyncio.Task[None] | None = None
-        """What runs it, if it has needed a task."""
+        """What runs it, if it has a task (`app.server.turn`)."""
         self._pipeline: deque[Exchange] = deque()
         """Requests that wait for it, the oldest first. The newest may be incomplete."""
         self._refused: Refused | None = None
@@ -227,6 +227,7 @@ class LimitedProtocol(asyncio.Protocol):
 
     def _give_up_place_when_done(self) -> None:
         """The client has gone, but its request stays in flight until it is done."""
+        self._turn.give_tasks(self)
         if self._task is None:
             self._give_up_place()
         else:
@@ -377,6 +378,7 @@ class LimitedProtocol(asyncio.Protocol):
 
     def _keep_task(self) -> None:
         """Let uvicorn wait for the task before it stops, or cancel it if that is too long."""
+        self._turn.give_tasks(self)
         task, tasks = self._task, self.server_state.tasks
         if task is not None and not task.done():
             tasks.add(task)

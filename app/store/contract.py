@@ -93,9 +93,9 @@ class InvalidCursor(ValueError):
 class SessionStore(ABC):
     """Where sessions live."""
 
-    waits: ClassVar[bool] = True
-    """Whether methods other than `open` and `aclose` wait for anything. If not, each is one
-    step of the event loop and needs no task, but for long lists, which let others run."""
+    waits_apart: ClassVar[bool] = True
+    """Whether every request waits for an answer of its own. If not, it waits for nothing but in
+    long lists, or many wait for the same future: then a request needs no task."""
 
     @abstractmethod
     async def open(self) -> None:

@@ -53,21 +53,98 @@ class TestTurn:
         assert ran == [(0, None), (1, None), (2, None)]
         assert [each.task for each in requesters] == [None] * 3
 
-    async def test_a_request_that_waits_goes_on_in_a_task(self, turn: Turn) -> None:
-        lock = asyncio.Event()
+    async def test_requests_that_wait_for_the_same_future_go_on_together_without_tasks(
+        self, turn: Turn
+    ) -> None:
+        shared = asyncio.get_running_loop().create_future()
+        noted: list[Any] = []
+        transport = Transport(noted, "one")
+
+        async def request(number: int) -> None:
+            noted.append((await shared, number, asyncio.current_task()))
+            turn.write(transport, b"%d" % number)
+
+        requesters = [join(turn, request(number)) for number in range(3)]
+        await next_turn()
+        assert noted == []
+        shared.set_result("done")
+        await next_turn()
+
+        assert noted[:3] == [("done", number, None) for number in range(3)]
+        assert noted[3:] == [("one", b"%d" % number) for number in range(3)]
+        assert [each.task for each in requesters] == [None] * 3
+
+    async def test_a_request_may_wait_again(self, turn: Turn) -> None:
+        loop = asyncio.get_running_loop()
+        first, second = loop.create_future(), loop.create_future()
         seen = []
 
         async def request() -> None:
-            await lock.wait()
-            seen.append(asyncio.current_task())
+            seen.append(await first)
+            seen.append(await second)
 
-        requester = join(turn, request())
+        join(turn, request())
         await next_turn()
+        first.set_result(1)
+        await next_turn()
+        assert seen == [1]
+        second.set_result(2)
+        await next_turn()
+
+        assert seen == [1, 2]
+
+    async def test_an_error_of_the_future_is_raised_in_each_request(self, turn: Turn) -> None:
+        shared = asyncio.get_running_loop().create_future()
+        seen = []
+
+        async def request(number: int) -> None:
+            try:
+                await shared
+            except OSError:
+                seen.append(number)
+
+        for number in range(2):
+            join(turn, request(number))
+        await next_turn()
+        shared.set_exception(OSError())
+        await next_turn()
+
+        assert seen == [0, 1]
+
+    async def test_a_cancelled_future_ends_its_requests_and_no_other(self, turn: Turn) -> None:
+        shared = asyncio.get_running_loop().create_future()
+        ran = []
+
+        async def waits() -> None:
+            await shared
+
+        async def goes_on() -> None:
+            ran.append(1)
+
+        join(turn, waits())
+        await next_turn()
+        shared.cancel()
+        join(turn, goes_on())
+        await next_turn()
+
+        assert ran == [1]
+
+    async def test_a_kept_request_gets_a_task_when_it_is_asked_for(self, turn: Turn) -> None:
+        shared = asyncio.get_running_loop().create_future()
+        seen = []
+
+        async def request(number: int) -> None:
+            seen.append((await shared, number))
+
+        requester, other = join(turn, request(1)), join(turn, request(2))
+        await next_turn()
+        turn.give_tasks(requester)
         assert requester.task is not None
-        lock.set()
+        shared.set_result("done")
         await requester.task
 
-        assert seen == [requester.task]
+        assert sorted(seen) == [("done", 1), ("done", 2)]
+        assert other.task is None
 
     async def test_a_bare_yield_gives_a_task(self, turn: Turn) -> None:
         seen = []
@@ -134,6 +211,7 @@ class TestTurn:
 
         requester = join(turn, request())
         await next_turn()
+        turn.give_tasks(requester)
         assert requester.task is not None
         requester.task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -38,7 +38,7 @@ LISTED_AT_ONCE = 32
 class MemoryStore(SessionStore):
     """A state and a clock. The verbs decide (`app.domain.verbs`)."""
 
-    waits = False
+    waits_apart = False
 
     def __init__(self, limits: StoreLimits, clock: Clock | None = None) -> None:
         self._limits = limits

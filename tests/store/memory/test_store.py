@@ -40,7 +40,7 @@ def test_the_clock_never_runs_backwards() -> None:
 
 def test_no_method_waits() -> None:
     store = MemoryStore(StoreLimits())
-    assert not store.waits
+    assert not store.waits_apart
 
     for method in (
         store.ping(),
